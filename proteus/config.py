@@ -1,0 +1,326 @@
+"""The typed tree behind every YAML file.
+
+A file may start from another (`base: other.yaml`), the command line may override any key (`a.b=c`), and whatever
+does not fit the tree is one clear line that names the key. Nothing here imports torch: a typo is reported at once.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from proteus.errors import InputError, nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Teacher(Section):
+    """The frozen network that teaches."""
+
+    name: str
+    checkpoint: str | None = None  # a local file; otherwise the official one, if it is on disk
+    download: bool = False  # fetch the official weights when they are not on disk
+    normalize: Literal["own", "imagenet", "clip", "none"] = "own"  # the authors give every teacher ImageNet's
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: computes in the run's precision
+    head: str | None = None  # a linear classifier on the teacher's features, for the losses on logits
+    compile: bool = False
+    arch: dict[str, Any] = {}  # arguments of the network, for `timm/...` names
+
+
+class Student(Section):
+    """The network that learns; what remains of the run."""
+
+    name: str
+    checkpoint: str | None = None  # start from these weights instead of random ones
+    compile: bool = False
+    arch: dict[str, Any] = {}
+
+
+class Source(Section):
+    """Where images come from."""
+
+    kind: Literal["folder", "hf", "digits", "image"] = "folder"
+    root: str | None = None  # a folder; for `hf` a local path or a hub id; for `image` one image file
+    split: str | None = None  # folder: a subfolder of root; hf, digits: the split's name
+    labels: Literal["auto", "ignore"] = "auto"
+    download: bool = False  # hf: may fetch from the hub what is not on disk
+    classes: Share = 1.0  # keep a seeded share of the classes
+    images_per_class: Share = 1.0  # keep a seeded share of the images of each class
+    crops: Positive = 1_281_167  # image: how many fixed crops of the one image stand for a set
+
+
+class Augment(Section):
+    """The recipe's augmentation, in its order. RandAugment is named as timm names it; null leaves it out."""
+
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    hflip: Probability = 0.5
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    erasing: Probability = 0.25
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Augment":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale: from the smaller share of the area to the larger, not {list(self.scale)}")
+        return self
+
+
+class Mask(Section):
+    """Which images of a batch are seen masked as well, and how many of their patches are."""
+
+    probability: Probability = 0.5
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
+class Data(Source):
+    """The proxy set and how it is fed."""
+
+    merge: list[Source] = []  # further sources, appended to this one
+    image_size: Positive = 224
+    repeats: Positive = 3  # repeated augmentation: crops of one image in a batch
+    augment: Augment = Augment()
+    mask: Mask = Mask()
+    workers: Annotated[int, Field(ge=0)] = 8
+    max_bad_share: Probability = 0.01  # the run stops when more than this share of the files ...
+    max_bad_files: Annotated[int, Field(ge=0)] = 10  # ... and at least this many cannot be read
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr_batch: Positive | None = 512  # lr is for this global batch and scales linearly; null: lr is used as it is
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+
+
+class Schedule(Section):
+    """Cosine with warm-up, as timm's (the cosine is not shifted by the warm-up)."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None  # instead of epochs
+    warmup_epochs: NonNegative = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # instead of warmup_epochs
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
+    per: Literal["step", "epoch"] = "step"  # the authors change the rate once an epoch
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Schedule":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps (null takes one away)")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("give either warmup_epochs or warmup_steps")
+        return self
+
+
+class Ema(Section):
+    """Exponential moving average of the student's weights."""
+
+    decay: float | str | None = "auto"  # in [0, 1), or auto: min(0.99996, 1 - 10 / steps)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "Ema":
+        if isinstance(self.decay, str):
+            if self.decay != "auto":
+                raise ValueError(f"decay: a number from 0 to below 1, auto or null, not {self.decay!r}")
+        elif self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"decay: a number from 0 to below 1, auto or null, not {self.decay!r}")
+        return self
+
+
+class Probe(Section):
+    """What is measured on the way, on a fixed held-out set."""
+
+    every_epochs: Annotated[int, Field(ge=0)] = 1  # 0: never
+    split: str | None = None  # held-out images come from this split; null: they are cut from the training set
+    images: Positive = 512  # held out at most
+    bank: Positive = 4096  # training images the k-NN probe votes with, where labels exist
+    neighbours: Positive = 20
+    pictures: Annotated[int, Field(ge=0)] = 4  # rows of the picture of principal components
+    crop: Share = 0.875  # centre crop: image_size / crop is the short side it is cut from
+
+
+class Run(Section):
+    """Everything about the run that is not the method."""
+
+    dir: str | None = None  # default: runs/<name of the config>
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    batch_size: Positive = 128  # images a process sees at once; the paper: 8 processes
+    accumulate: Positive = 1  # micro-batches to an update
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    log_every: Positive = 50  # steps
+    save_every: Positive = 1000  # steps
+    keep: Positive = 3  # checkpoints
+    max_nonfinite: Annotated[int, Field(ge=0)] = 100  # steps that may be skipped before the run stops
+
+
+class Config(Section):
+    """A run of `tools/train.py`."""
+
+    teacher: Teacher | None
+    student: Student
+    losses: dict[str, NonNegative]  # name: weight; 0 leaves one out
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of the logits, in logits_kl
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule
+    ema: Ema = Ema()
+    probe: Probe = Probe()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
+        if not self.active_losses:
+            raise ValueError("losses: at least one needs a weight above 0")
+        if "patch" in self.active_losses and not (self.data.mask.probability and self.data.mask.ratio):
+            raise ValueError("losses.patch needs masked images: set data.mask.probability and data.mask.ratio above 0")
+        needs_teacher = set(self.active_losses) - {"label_ce"}
+        if self.teacher is None and needs_teacher:
+            raise ValueError(f"losses.{min(needs_teacher)} needs a teacher, and teacher is null")
+        if "logits_kl" in self.active_losses and self.teacher and not self.teacher.head:
+            raise ValueError("losses.logits_kl needs teacher.head: the file of a linear classifier on the teacher")
+        return self
+
+    @property
+    def active_losses(self) -> dict[str, float]:
+        """The losses that are computed: those with a weight above 0."""
+        return {name: weight for name, weight in self.losses.items() if weight > 0}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-4 is a number, 2024-01-02 and no are texts, and a key stands once."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":bool"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(name: str, overrides: list[str] | None = None) -> Config:
+    """Read `name` (a path, or a file under `configs/`), apply `key=value` overrides and check the whole.
+
+    Raises `InputError` with a line for each thing that is wrong.
+    """
+    path = _find(name, Path.cwd())
+    tree = _read(path)
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(*_explain(error, path.name)) from None
+    if config.run.dir is None:
+        config.run.dir = f"runs/{path.stem}"
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML; `load_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(name: str, beside: Path) -> Path:
+    for path in (beside / name, CONFIGS / name):
+        if path.is_file():
+            return path
+    known = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")]
+    raise InputError(f"config {name!r} is neither a file nor a name under {CONFIGS}{nearest(name, known)}")
+
+
+def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    path = path.resolve()
+    if path in children:
+        raise InputError(f"{path}: base leads back to the file itself")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read(_find(str(base), path.parent), (*children, path)), tree)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r} is not an override: write key=value, such as run.batch_size=64")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    try:
+        tree[leaf] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        tree[leaf] = value
+
+
+def _explain(error: ValidationError, file: str) -> list[str]:
+    lines = []
+    keys = list(_keys(Config))
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            # The key may be misspelt, or right but in the wrong section.
+            leaf = key.rsplit(".", 1)[-1]
+            elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == leaf]
+            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, keys)
+            lines.append(f"{file}: unknown key {key!r}{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{file}: {key} is missing")
+        elif problem["type"] == "value_error":
+            lines.append(
+                f"{file}: {key + '.' if key and re.match('[a-z_]+: ', message) else key + ': ' if key else ''}{message}"
+            )
+        else:
+            lines.append(f"{file}: {key}: {message[:1].lower()}{message[1:]}, not {problem['input']!r}")
+    return lines
+
+
+def _keys(section: type[BaseModel], prefix: str = ""):
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")

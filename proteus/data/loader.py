@@ -1,0 +1,147 @@
+"""From draws to batches: decoding, augmenting, masking, and what happens to an image that cannot be read."""
+
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from proteus.data.sampler import Draw, Sampler
+from proteus.data.sources import Source
+from proteus.data.transforms import Box, EvalTransform, TrainTransform, fill_boxes, seeded
+from proteus.errors import InputError
+
+TRIES = 100  # images tried in a row before a batch is given up
+
+
+class Batch(NamedTuple):
+    """What a process sees in a micro-batch.
+
+    images: [B, 3, S, S] uint8.
+    mask:   [M, N] bool, of the first M images.
+    labels: [B] int64, or None.
+    boxes:  (row, box) of the images that are erased after normalisation.
+    bad:    indices of images that could not be read and were replaced by others.
+    """
+
+    images: Tensor
+    mask: Tensor
+    labels: Tensor | None
+    boxes: list[tuple[int, Box]]
+    bad: list[int]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device, images as float in [0, 1] with their boxes filled."""
+        images = self.images.to(device, non_blocking=True).float().div_(255)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return Batch(fill_boxes(images, self.boxes), self.mask.to(device, non_blocking=True), labels, [], self.bad)
+
+
+class TrainingSet(Dataset):
+    """Turns the draws of a micro-batch into a Batch. Crop, augmentation, erasing and mask depend on the draw alone."""
+
+    def __init__(self, source: Source, transform: TrainTransform, seed: int, patches: int, mask_ratio: float):
+        self.source, self.transform, self.seed = source, transform, seed
+        self.patches, self.masked_patches = patches, int(patches * mask_ratio)
+
+    def __getitems__(self, draws: list[Draw]) -> "Batch | InputError":
+        try:
+            return self.batch(draws)
+        except InputError as error:  # handed over, not raised: a worker would wrap it in its traceback
+            return error
+
+    def batch(self, draws: list[Draw]) -> Batch:
+        """The Batch of some draws; InputError where too many images in a row cannot be read."""
+        images, masks, labels, boxes, bad = [], [], [], [], []
+        for row, (index, epoch, position, masked) in enumerate(draws):
+            image, index = self._readable(index, bad)
+            with seeded(self.seed, epoch, position):
+                pixels, box = self.transform(image)
+            images.append(pixels)
+            if box is not None:
+                boxes.append((row, box))
+            if masked:
+                masks.append(self.mask(epoch, position))
+            if self.source.labels is not None:
+                labels.append(int(self.source.labels[index]))
+        mask = torch.stack(masks) if masks else torch.zeros(0, self.patches, dtype=torch.bool)
+        return Batch(torch.stack(images), mask, torch.tensor(labels) if labels else None, boxes, bad)
+
+    def mask(self, epoch: int, position: int) -> Tensor:
+        """[N] bool: exactly floor(N * ratio) patches, uniformly chosen."""
+        chosen = np.random.default_rng((self.seed, epoch, position, 1)).permutation(self.patches)[: self.masked_patches]
+        mask = torch.zeros(self.patches, dtype=torch.bool)
+        mask[torch.from_numpy(chosen)] = True
+        return mask
+
+    def _readable(self, index: int, bad: list[int]) -> tuple[Image.Image, int]:
+        """Image `index`, or the next one of the set that can be read; those that cannot are added to `bad`."""
+        for step in range(min(TRIES, len(self.source))):
+            candidate = (index + step) % len(self.source)
+            try:
+                return self.source.load(candidate), candidate
+            except Exception:  # a decoder of a broken file may raise anything
+                bad.append(candidate)
+        raise InputError(
+            f"data: {len(bad)} images in a row cannot be read, from {self.source.name(index)} on; see to the storage"
+        )
+
+
+def training_batches(
+    dataset: TrainingSet, sampler: Sampler, start: int, stop: int, rank: int, workers: int
+) -> Iterator[Batch]:
+    """The micro-batches of process `rank` from update `start` to `stop`, in order, loaded ahead by `workers` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_Run(sampler, start, stop, rank),  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=lambda batch: batch,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+class PlainSet(Dataset):
+    """A source under the plain view, image by image: uint8 [3, S, S], or None where it cannot be read."""
+
+    def __init__(self, source: Source, transform: EvalTransform):
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        try:
+            image = self.source.load(index)
+        except Exception:  # as above
+            return None
+        return self.transform(image)
+
+
+class _Run:
+    """The draws of a run, as the DataLoader wants them: an iterable that starts afresh."""
+
+    def __init__(self, sampler: Sampler, start: int, stop: int, rank: int):
+        self._args = sampler, start, stop, rank
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        sampler, start, stop, rank = self._args
+        return sampler.run(start, stop, rank)
+
+    def __len__(self) -> int:
+        sampler, start, stop, _ = self._args
+        return (stop - start) * sampler.accumulate
+
+
+def _start_worker(_: int) -> None:
+    # A signal to the whole group is the trainer's to answer: it still needs its batches to write a checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,307 @@
+"""Where images come from. A source is a numbered set of images; labels are optional and used by probes only."""
+
+import io
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from proteus import config
+from proteus.errors import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+
+
+class Source(Protocol):
+    """n images, numbered from 0.
+
+    labels: [n] int64, or None where the set has none.
+    """
+
+    labels: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Image.Image:
+        """Decode image `index` to RGB; raises whatever the decoder raises where it is broken."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call image `index` in a message."""
+        ...
+
+
+class FolderSource:
+    """Any tree of images. It has labels where every image lies exactly one folder deep: root/<class>/<image>."""
+
+    def __init__(self, root: Path, use_labels: bool = True):
+        self.root = root
+        # Paths as one array of bytes: a list of a million strings would be copied into every worker, page by page.
+        self._paths = np.array([os.fsencode(path) for path in _walk(root)])
+        if not len(self._paths):
+            raise InputError(f"data: no images under {root} (looked for {' '.join(EXTENSIONS)})")
+        self.labels = None
+        folders = [path.split(b"/")[:-1] for path in self._paths]
+        if use_labels and all(len(folder) == 1 for folder in folders):
+            classes = sorted({folder[0] for folder in folders})
+            number = {name: label for label, name in enumerate(classes)}
+            self.labels = np.array([number[folder[0]] for folder in folders])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def load(self, index: int) -> Image.Image:
+        with Image.open(self.root / self.name(index)) as image:
+            return image.convert("RGB")
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._paths[index])
+
+
+class HuggingFaceSource:
+    """A dataset of Hugging Face `datasets`: its image column, and its class label where there is one."""
+
+    def __init__(self, root: str, split: str | None, use_labels: bool, download: bool):
+        import datasets  # slow to import and needed by few
+
+        data = _load_dataset(root, split or "train", download)
+        images = [key for key, feature in data.features.items() if isinstance(feature, datasets.Image)]
+        if len(images) != 1:
+            raise InputError(
+                f"data.root={root}: expected one image column, found {images or 'none'} among {list(data.features)}"
+            )
+        labels = [key for key, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
+        if not labels and "label" in data.features:
+            labels = ["label"]
+        self.labels = None
+        if use_labels and len(labels) == 1:
+            self.labels = np.array(data.with_format("numpy")[labels[0]][:], dtype=np.int64)
+        self._data = data.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
+        self._column, self._root = images[0], root
+        if not len(self._data):
+            raise InputError(f"data.root={root}: split {split or 'train'!r} is empty")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def load(self, index: int) -> Image.Image:
+        row = self._data[int(index)][self._column]
+        with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]) as image:
+            return image.convert("RGB")
+
+    def name(self, index: int) -> str:
+        path = self._data[int(index)][self._column]["path"]
+        return f"{self._root}[{index}]" + (f" ({path})" if path else "")
+
+
+class DigitsSource:
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels: 1,347 to train on and 450 held out, stratified."""
+
+    def __init__(self, split: str | None):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        everything = np.arange(len(digits.target))
+        train, test = train_test_split(everything, test_size=450, random_state=0, stratify=digits.target)
+        splits = {"train": train, "test": test, None: everything}
+        if split not in splits:
+            raise InputError(f"data.split={split}: the digits have splits train and test")
+        self._chosen = np.sort(splits[split])
+        self._scans = (digits.images[self._chosen] * (255 / 16)).round().astype(np.uint8)  # [n, 8, 8], ink is 16
+        self.labels = digits.target[self._chosen].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._scans)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self._scans[index]).convert("RGB")
+
+    def name(self, index: int) -> str:
+        return f"digit {self._chosen[index]}"
+
+
+class SingleImageSource:
+    """`crops` fixed crops of one image: a proxy set without a data set (the paper's ImageNet-Single).
+
+    Crop i is a square placed and sized by (seed, i), its side log-uniform between 1/16 and all of the short side.
+    """
+
+    labels = None
+
+    def __init__(self, path: Path, crops: int, seed: int):
+        with Image.open(path) as image:
+            self._image = image.convert("RGB")
+        self._path, self._crops, self._seed = path, crops, seed
+
+    def __len__(self) -> int:
+        return self._crops
+
+    def load(self, index: int) -> Image.Image:
+        rng = np.random.default_rng((self._seed, index))
+        width, height = self._image.size
+        side = max(1, round(min(width, height) * 16 ** rng.uniform(-1, 0)))
+        left, top = rng.integers(width - side + 1), rng.integers(height - side + 1)
+        return self._image.crop((left, top, left + side, top + side))
+
+    def name(self, index: int) -> str:
+        return f"{self._path} crop {index}"
+
+
+class Subset:
+    """Some images of a source, in the order given."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Image.Image:
+        return self.source.load(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+
+class Merged:
+    """Several sources one after the other. Labels, where all have them, are kept apart."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self._ends = np.cumsum([len(source) for source in sources])
+        self.labels = None
+        if all(source.labels is not None for source in sources):
+            offsets = np.cumsum([0, *(source.labels.max() + 1 for source in sources)])
+            self.labels = np.concatenate([s.labels + offset for s, offset in zip(sources, offsets[:-1], strict=True)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[which], int(index - (self._ends[which - 1] if which else 0))
+
+    def load(self, index: int) -> Image.Image:
+        source, local = self._place(index)
+        return source.load(local)
+
+    def name(self, index: int) -> str:
+        source, local = self._place(index)
+        return source.name(local)
+
+
+def build_source(cfg: config.Data, seed: int) -> Source:
+    """The training set of a config: its source cut to the shares asked for, then merged with the others."""
+    sources = [_one_source(part, seed) for part in (cfg, *cfg.merge)]
+    return sources[0] if len(sources) == 1 else Merged(sources)
+
+
+def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
+    """Cut a seeded choice of `count` images, at most a tenth of the set, out of a source: (rest, held out)."""
+    if len(source) < 2:
+        raise InputError(
+            f"data: {len(source)} image is too few to hold one out for the probe; set probe.every_epochs=0"
+        )
+    order = np.random.default_rng((seed, len(source))).permutation(len(source))
+    count = max(1, min(count, len(source) // 10))
+    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+
+
+def _one_source(cfg: config.Source, seed: int) -> Source:
+    source = _open(cfg, seed)
+    rng = np.random.default_rng((seed, 20))
+    if cfg.classes < 1 or cfg.images_per_class < 1:
+        if source.labels is None:
+            raise InputError(f"data.classes and data.images_per_class need labels, and {cfg.root} has none")
+        labels = np.unique(source.labels)
+        kept = np.sort(rng.permutation(labels)[: max(1, round(len(labels) * cfg.classes))])
+        members = [rng.permutation(np.flatnonzero(source.labels == label)) for label in kept]
+        chosen = [of_class[: max(1, round(len(of_class) * cfg.images_per_class))] for of_class in members]
+        source = Subset(source, np.sort(np.concatenate(chosen)))
+    return source
+
+
+def check_roots(cfg: config.Data) -> None:
+    """Raise InputError where a root is not given or not there, without reading what is in it."""
+    for part in (cfg, *cfg.merge):
+        if part.kind != "digits":
+            _root(part)
+
+
+def _open(cfg: config.Source, seed: int) -> Source:
+    use_labels = cfg.labels == "auto"
+    if cfg.kind == "digits":
+        return DigitsSource(cfg.split)
+    root = _root(cfg)
+    if cfg.kind == "hf":
+        return HuggingFaceSource(root, cfg.split, use_labels, cfg.download)
+    if cfg.kind == "folder":
+        return FolderSource(Path(root), use_labels)
+    try:
+        return SingleImageSource(Path(root), cfg.crops, seed)
+    except Exception as error:  # decoders raise anything
+        raise InputError(f"data.root={root}: not readable as an image ({error})") from None
+
+
+def _root(cfg: config.Source) -> str:
+    """The existing folder or file (or the hub id) a source is read from."""
+    if cfg.root is None:
+        wanted = {
+            "folder": f"a folder that holds {cfg.split + '/<class>/<image>' if cfg.split else 'images'}",
+            "image": "one image file",
+            "hf": "a hub id or a local dataset",
+        }
+        raise InputError(f"data.root is not set: data.root=PATH takes {wanted[cfg.kind]}")
+    if cfg.kind == "hf":
+        return cfg.root
+    root = Path(cfg.root).expanduser()
+    if cfg.kind == "image":
+        if not root.is_file():
+            raise InputError(f"data.root={root}: no such image file")
+        return str(root)
+    if not root.is_dir():
+        raise InputError(f"data.root={root}: no such folder; data.root=PATH takes the folder that holds the images")
+    if cfg.split and not (root / cfg.split).is_dir():
+        raise InputError(
+            f"data.root={root} holds no folder {cfg.split!r}; give the folder above it, or data.split=null to use all of root"
+        )
+    return str(root / cfg.split if cfg.split else root)
+
+
+def _walk(root: Path) -> list[str]:
+    found = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else relative + "/"
+        found += [prefix + name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return sorted(found)
+
+
+def _load_dataset(root: str, split: str, download: bool):
+    import datasets
+
+    local = Path(root).expanduser()
+    try:
+        if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(local))
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if local.is_file():
+            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(local.suffix)
+            if kind is None:
+                raise InputError(f"data.root={root}: expected a .parquet or .arrow file, or a folder")
+            return datasets.load_dataset(kind, data_files={split: str(local)}, split=split)
+        if local.is_dir():
+            return datasets.load_dataset(str(local), split=split)
+        settings = datasets.DownloadConfig(local_files_only=not download)
+        return datasets.load_dataset(root, split=split, download_config=settings)
+    except InputError:
+        raise
+    except Exception as error:  # the hub, the cache and every builder have errors of their own
+        hint = "" if local.exists() or download else "; data.download=true may fetch it from the hub"
+        message = " ".join(str(error).split())[:300]
+        raise InputError(f"data.root={root}, split {split!r}: {type(error).__name__}: {message}{hint}") from None

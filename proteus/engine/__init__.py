@@ -1,0 +1,1 @@
+"""What any optimisation needs, whatever is learnt."""

@@ -1,0 +1,23 @@
+"""The learning rate as a function of the step."""
+
+import math
+
+from proteus.config import Schedule
+
+
+def learning_rate(step: int, total_steps: int, steps_per_epoch: int, base: float, schedule: Schedule) -> float:
+    """Rate of update `step` (from 0): linear warm-up from `warmup_lr`, then cosine to `min_lr`, as timm's scheduler.
+
+    The cosine runs over all steps, warm-up included. With `per: epoch` the rate is that of the epoch's first step.
+    """
+    warmup = schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)
+    if schedule.per == "epoch":
+        step -= step % steps_per_epoch
+    if step < warmup:
+        return schedule.warmup_lr + (base - schedule.warmup_lr) * step / warmup
+    return schedule.min_lr + 0.5 * (base - schedule.min_lr) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def scaled_rate(lr: float, lr_batch: int | None, global_batch: int) -> float:
+    """Linear scaling: `lr` holds for a global batch of `lr_batch` images; None leaves it alone (Goyal et al., 2017)."""
+    return lr if lr_batch is None else lr * global_batch / lr_batch

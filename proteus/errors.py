@@ -1,0 +1,28 @@
+"""The errors a user can cause or has to act on, and how they are said."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used: the command line prints the lines and exits with status 2.
+
+    Each line says what was wrong, where, and what to do about it.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class RunError(Exception):
+    """A run cannot go on (it diverged, say): the command line prints the one line and exits with status 1."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint for an unknown name: `; did you mean X?`, or the valid names where none is close."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(valid)}" if len(valid) <= 12 else ""

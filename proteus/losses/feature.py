@@ -1,0 +1,18 @@
+"""The feature loss: every token to every token."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from proteus.losses.views import Projected, Target
+
+
+def feature_loss(student: Projected, target: Target) -> Tensor:
+    """Mean squared error over class and patch tokens together, 1 + N of them (Proteus: feature-level objective).
+
+    The class token is projected by the token head, as in the token loss, and so counts there and here. The mean over
+    the concatenation [B, 1 + N, D] is taken without making it.
+    """
+    tokens = student.plain.patch.shape[1]  # N
+    cls = F.mse_loss(student.plain.cls.float(), target.features.cls.float())
+    patch = F.mse_loss(student.plain.patch.float(), target.features.patch.float())
+    return (cls + tokens * patch) / (1 + tokens)

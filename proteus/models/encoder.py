@@ -1,0 +1,178 @@
+"""A vision transformer that takes images as they are and returns Features.
+
+The network is timm's; what is added is what timm leaves to its caller: the input convention, the family's
+position-embedding rule at other image sizes, the mask token, and one pass over a plain and a masked view.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from proteus.errors import InputError
+from proteus.models.features import Features
+from proteus.models.position import PositionRule, resize_position_embedding
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W], RGB in [0, 1] or uint8, to Features; H and W are multiples of the patch size.
+
+    Float images are neither clamped nor range-checked: with mean 0 and std 1 they enter the network as they are.
+
+    name, arch:  what `create_model` builds the same network from.
+    position:    how the position embedding is resized when the image is not of its native size.
+    image_size:  the size the network is meant to be fed, `int` or (h, w).
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        *,
+        name: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        position: PositionRule,
+        image_size: int | tuple[int, int] | None = None,
+        arch: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if not isinstance(vit, VisionTransformer) or not isinstance(vit.patch_embed, PatchEmbed):
+            raise InputError(f"{name} is a {type(vit).__name__}; an encoder is built on timm's plain VisionTransformer")
+        self.vit = vit
+        self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
+        self.name, self.arch, self.position = name, arch or {}, position
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
+        self.embed_dim: int = vit.embed_dim
+        self.num_blocks: int = len(vit.blocks)
+        self.num_heads: int = vit.blocks[0].attn.num_heads
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.native_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        self.image_size = image_size or _square_or_pair([side * self.patch_size for side in self.native_grid])
+        self._resized: dict[tuple[int, int], tuple[int, Tensor]] = {}  # grid -> version of the weights, positions
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Features:
+        """Features of B images. `mask` [B, N] bool: True patches are replaced by the mask token."""
+        x, grid = self._embed(images)  # [B, N, D]
+        if mask is not None:
+            x = self._masked(x, mask)
+        return self._features(self.vit.norm(self._blocks(x, grid)), grid)
+
+    def forward_pair(self, images: Tensor, mask: Tensor) -> tuple[Features, Features]:
+        """Features of all B images plain, and of the first M masked by `mask` [M, N], in one pass.
+
+        The patches are embedded once. Tokens never meet across the batch, so each view is as if it went alone.
+        """
+        x, grid = self._embed(images)  # [B, N, D]
+        masked = self._masked(x[: len(mask)], mask)  # [M, N, D]
+        tokens = self.vit.norm(self._blocks(torch.cat([x, masked]), grid))  # [B + M, P + N, D]
+        plain, masked = tokens.split([len(x), len(mask)])
+        return self._features(plain, grid), self._features(masked, grid)
+
+    def intermediate(self, images: Tensor, layers: int | Sequence[int], norm: bool = True) -> list[Features]:
+        """Features after some blocks: the last `layers` ones, or those with the given indices, in that order.
+
+        norm: apply the final norm to each. `cls` is None where the network has no class token.
+        """
+        wanted = range(self.num_blocks - layers, self.num_blocks) if isinstance(layers, int) else layers
+        indices = [layer + self.num_blocks if layer < 0 else layer for layer in wanted]
+        if not all(0 <= index < self.num_blocks for index in indices):
+            raise ValueError(f"{self.name} has blocks 0 to {self.num_blocks - 1}; asked for {layers}")
+        x, grid = self._embed(images)
+        x = self._assemble(x, grid)
+        after = {}
+        for index, block in enumerate(self.vit.blocks[: max(indices) + 1]):
+            x = block(x)
+            if index in indices:
+                after[index] = self._features(self.vit.norm(x) if norm else x, grid, pool=False)
+        return [after[index] for index in indices]
+
+    def param_groups(self, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """The parameters by depth, each group with the factor `lr_scale` its learning rate is multiplied by.
+
+        With L blocks: the final norm 1, block i layer_decay ** (L - i), everything before the blocks
+        layer_decay ** (L + 1) (BEiT's rule, as in the dense protocols).
+        """
+        depth = self.num_blocks
+        groups: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if name.startswith("vit.blocks."):
+                height = depth - int(name.split(".")[2])
+            else:
+                height = 0 if name.startswith(("vit.norm.", "vit.fc_norm.", "vit.attn_pool.")) else depth + 1
+            groups.setdefault(height, []).append(parameter)
+        return [{"params": groups[height], "lr_scale": layer_decay**height} for height in sorted(groups)]
+
+    def freeze(self) -> "Encoder":
+        """No parameter takes a gradient, and `train()` no longer changes the mode: what a teacher is."""
+        self.requires_grad_(False).eval()
+        self.train = lambda mode=True: self  # type: ignore[method-assign]
+        return self
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The patch grid (h, w) of an image of that many pixels; ValueError where the patch does not divide it."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"{self.name}: an image of {height} x {width} pixels is not divided by its patch of {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        grid = self.grid_of(*images.shape[-2:])
+        if not images.is_floating_point():
+            images = images / 255
+        images = (images.float() - self._mean) / self._std
+        patch_embed = self.vit.patch_embed
+        x = patch_embed.proj(images.to(patch_embed.proj.weight.dtype))  # [B, D, h, w]
+        return patch_embed.norm(x.flatten(2).transpose(1, 2)), grid  # [B, N, D]
+
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)  # [M, N, D]
+
+    def _blocks(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.vit.blocks(self._assemble(x, grid))  # [B, P + N, D]
+
+    def _assemble(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch embeddings [B, N, D] to the blocks' input [B, P + N, D]: prefix tokens first, positions added."""
+        vit = self.vit
+        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        tokens = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
+        if vit.pos_embed is not None:
+            tokens = tokens + self._positions(grid)
+        return vit.norm_pre(vit.patch_drop(vit.pos_drop(tokens)))
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding [1, P + N, D] at a grid; zero for prefix tokens that have none."""
+        vit, embedding = self.vit, self.vit.pos_embed
+        version, positions = self._resized.get(grid, (None, None))
+        if positions is not None and version == embedding._version:
+            return positions
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        patch = resize_position_embedding(embedding[:, prefix:], self.native_grid, grid, self.position)
+        without = embedding.new_zeros(1, vit.num_prefix_tokens - prefix, self.embed_dim)
+        positions = torch.cat([without, embedding[:, :prefix], patch], dim=1)
+        if not embedding.requires_grad:  # frozen, or an average that is updated in place: then the version moves
+            self._resized[grid] = (embedding._version, positions)
+        return positions
+
+    def _features(self, tokens: Tensor, grid: tuple[int, int], pool: bool = True) -> Features:
+        patch = tokens[:, self.vit.num_prefix_tokens :]
+        if self.vit.has_class_token:
+            return Features(tokens[:, 0], patch, grid)
+        # Without a class token timm's own pooling (attention or average) stands in.
+        return Features(self.vit.forward_head(tokens, pre_logits=True) if pool else None, patch, grid)  # type: ignore
+
+    def _apply(self, fn, recurse: bool = True):
+        self._resized.clear()  # moved to another device or precision
+        return super()._apply(fn, recurse)
+
+
+def _square_or_pair(size: Sequence[int]) -> int | tuple[int, int]:
+    return size[0] if size[0] == size[1] else (size[0], size[1])

@@ -1,0 +1,38 @@
+"""Position embeddings at another grid than they were trained on."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PositionRule(NamedTuple):
+    """How a family of networks resizes its position embedding (bicubic in every case).
+
+    offset:    DINOv2 without registers samples at scale (grid + 0.1) / native, which shifts every sample a little;
+               0 asks for the target size itself.
+    antialias: whether the bicubic filter widens when the grid shrinks.
+    """
+
+    offset: float
+    antialias: bool
+
+
+DINOV2 = PositionRule(offset=0.1, antialias=False)
+DINOV2_REGISTERS = PositionRule(offset=0.0, antialias=True)
+TIMM = PositionRule(offset=0.0, antialias=True)
+
+
+def resize_position_embedding(embedding: Tensor, native: tuple[int, int], grid: tuple[int, int], rule: PositionRule):
+    """Resize patch position embeddings [1, h0 * w0, D] from the native grid (h0, w0) to `grid` (h, w): [1, h * w, D]."""
+    if grid == native:
+        return embedding
+    dim = embedding.shape[-1]
+    image = embedding.float().reshape(1, *native, dim).permute(0, 3, 1, 2)  # [1, D, h0, w0]
+    if rule.offset:
+        scale = [(size + rule.offset) / size0 for size, size0 in zip(grid, native, strict=True)]
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=rule.antialias)
+    else:
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=rule.antialias)
+    assert tuple(image.shape[-2:]) == grid, f"position embedding came out as {tuple(image.shape[-2:])}, not {grid}"
+    return image.permute(0, 2, 3, 1).reshape(1, -1, dim).to(embedding.dtype)  # [1, h * w, D]

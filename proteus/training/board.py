@@ -1,0 +1,136 @@
+"""What a run shows: a line on screen, a row in log.jsonl, scalars and pictures in TensorBoard."""
+
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Board:
+    """Collects what the steps of an interval produced, on the device, and shows it at the interval's end.
+
+    `show` is the only place of the loop that waits for the device.
+    """
+
+    def __init__(self, accelerator: Accelerator, directory: Path, total_steps: int, images_per_step: int):
+        self._accelerator, self._directory = accelerator, directory
+        self._total, self._images_per_step = total_steps, images_per_step
+        self._main = accelerator.is_main_process
+        self._live = self._main and sys.stderr.isatty()
+        self._names: list[str] = []
+        self._log = open(directory / "log.jsonl", "a") if self._main else None  # noqa: SIM115
+        if self._log and self._log.tell() and (directory / "log.jsonl").read_bytes()[-1:] != b"\n":
+            self._log.write("\n")  # a killed run may have left half a row
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Start a new interval: what went on since the last one (a probe, a checkpoint) is nobody's throughput."""
+        self._rows: list[Tensor] = []
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is time waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, losses: list[dict[str, Tensor]], norm: Tensor, skipped: Tensor) -> None:
+        """Note a step: the losses of its micro-batches, its gradient norm, and whether it was skipped. No host sync."""
+        self._names = list(losses[0])
+        parts = [torch.stack([micro[name].detach().float() for micro in losses]).mean() for name in self._names]
+        self._rows.append(torch.stack([*parts, norm.float(), skipped.float()]))
+
+    def show(self, step: int, rate: float, bad_images: int) -> list[int]:
+        """End the interval at `step` updates: show its means over steps and processes. Returns the steps skipped in it."""
+        table = self._accelerator.reduce(torch.stack(self._rows), reduction="mean").double().cpu()  # [steps, parts + 2]
+        elapsed, waited, steps = time.perf_counter() - self._since, self._waited, len(table)
+        skipped = [step - steps + 1 + row for row in table[:, -1].nonzero().flatten().tolist()]
+        applied = table[table[:, -1] == 0]
+        means = applied.mean(dim=0).tolist() if len(applied) else [math.nan] * table.shape[1]
+        losses = dict(zip(self._names, means[: len(self._names)], strict=True))
+        row = {
+            "step": step,
+            "loss": sum(losses.values()),
+            **{f"loss_{name}": value for name, value in losses.items()},
+            "grad_norm": means[-2],
+            "lr": rate,
+            "images_per_s": steps * self._images_per_step / elapsed,
+            "data_wait": waited / elapsed,
+            "memory_gb": peak_memory_gb(self._accelerator.device),
+            "skipped_steps": len(skipped),
+            "bad_images": bad_images,
+        }
+        self.write(row)
+        self._print_progress(row, losses, elapsed / steps)
+        self.restart_clock()
+        return skipped
+
+    def write(self, row: dict[str, Any], prefix: str = "train") -> None:
+        """A row into log.jsonl (what is not finite as null) and its numbers into TensorBoard."""
+        if not self._log:
+            return
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._log.write(json.dumps(clean) + "\n")
+        self._log.flush()
+        scalars = {f"{prefix}/{key}": v for key, v in clean.items() if isinstance(v, int | float) and key != "step"}
+        self._accelerator.log(scalars, step=row["step"])
+
+    def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """An image [H, W, 3] uint8 into TensorBoard."""
+        if self._main:
+            tracker = self._accelerator.get_tracker("tensorboard")
+            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+
+    def say(self, text: str) -> None:
+        """A line that stays on screen, once, from the main process."""
+        if self._main:
+            print(("\r\x1b[K" if self._live else "") + text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the last progress line standing and flush everything."""
+        if self._live:
+            print(file=sys.stderr, flush=True)
+        if self._log:
+            self._log.close()
+        self._accelerator.end_training()
+
+    def _print_progress(self, row: dict[str, Any], losses: dict[str, float], seconds_per_step: float) -> None:
+        parts = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        text = (
+            f"step {row['step']}/{self._total}  loss {row['loss']:.4f} ({parts})  lr {row['lr']:.2e}  "
+            f"{row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  {row['memory_gb']:.1f} GB  "
+            f"left {_duration(seconds_per_step * (self._total - row['step']))}"
+        )
+        text += f"  skipped {row['skipped_steps']}" if row["skipped_steps"] else ""
+        text += f"  bad images {row['bad_images']}" if row["bad_images"] else ""
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            print("\r\x1b[K" + text[: width - 1], end="", file=sys.stderr, flush=True)
+        else:
+            self.say(text)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB: the device's allocator, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,64 @@
+"""Everything that is wrong with a run's inputs, at once, before anything is built or read."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from proteus.config import Config
+from proteus.data.sources import check_roots
+from proteus.errors import InputError
+from proteus.losses import check_losses
+from proteus.models.zoo import check_name
+from proteus.training.teacher import find_weights
+
+
+def check_inputs(cfg: Config, resume: str) -> None:
+    """Raise InputError with a line for each thing that is unknown or not where it should be."""
+    checks: list[Callable[[], object]] = [
+        lambda: check_losses(list(cfg.losses)),
+        lambda: check_name(cfg.student.name),
+        lambda: _check_teacher(cfg),
+        lambda: _check_files(cfg, resume),
+        lambda: _check_precision(cfg),
+        lambda: check_roots(cfg.data),
+    ]
+    lines: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            lines += error.lines
+    if lines:
+        raise InputError(*lines)
+
+
+def _check_teacher(cfg: Config) -> None:
+    if cfg.teacher:
+        check_name(cfg.teacher.name)
+        try:
+            find_weights(cfg.teacher)
+        except InputError as error:
+            hint = "teacher.checkpoint=/path takes a local file, teacher.download=true fetches it"
+            raise InputError(*(f"teacher {line} ({hint})" for line in error.lines)) from None
+
+
+def _check_files(cfg: Config, resume: str) -> None:
+    files = {"student.checkpoint": cfg.student.checkpoint}
+    if cfg.teacher:
+        files["teacher.head"] = cfg.teacher.head
+        files["teacher.checkpoint"] = None if cfg.teacher.checkpoint == "random" else cfg.teacher.checkpoint
+    missing = [f"{key}={path}: no such file" for key, path in files.items() if path and not Path(path).is_file()]
+    if resume not in ("auto", "never") and not Path(resume, "progress.json").is_file():
+        missing.append(
+            f"--resume {resume}: neither auto, never, nor a checkpoint folder (one that holds progress.json)"
+        )
+    if missing:
+        raise InputError(*missing)
+
+
+def _check_precision(cfg: Config) -> None:
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    if cfg.run.precision == "fp16" and on_cpu:
+        raise InputError("run.precision=fp16 needs a GPU, and there is none here: use bf16 or no")

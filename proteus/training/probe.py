@@ -1,0 +1,126 @@
+"""Seeing progress: on a fixed held-out set, how near the student is to its teacher and what its features are worth."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proteus.config import Config
+from proteus.data.sources import Source, Subset, build_source, hold_out
+from proteus.errors import InputError
+from proteus.evaluation.features import class_tokens, load_images
+from proteus.evaluation.knn import knn_accuracy
+from proteus.models.features import Features
+from proteus.training.pictures import components_picture
+from proteus.training.task import Distillation
+from proteus.training.teacher import Teacher
+
+
+def split_source(cfg: Config) -> tuple[Source, Source | None]:
+    """(training set, held-out set): the probe's split, or images cut out of the training set; None without a probe."""
+    source = build_source(cfg.data, cfg.run.seed)
+    if not cfg.probe.every_epochs:
+        return source, None
+    if cfg.probe.split is None:
+        return hold_out(source, cfg.probe.images, cfg.run.seed)
+    whole = {"split": cfg.probe.split, "classes": 1.0, "images_per_class": 1.0, "merge": []}
+    try:
+        held_out = build_source(cfg.data.model_copy(update=whole), cfg.run.seed)
+    except InputError as error:
+        hint = "probe.split=null cuts the held-out images from the training set"
+        raise InputError(f"probe.split: {error}; {hint}") from None
+    return source, _choice(held_out, cfg.probe.images, cfg.run.seed)
+
+
+class Probe:
+    """Cosine similarity of student and teacher tokens, k-NN accuracy where there are labels, and a picture."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        source: Source,
+        held_out: Source,
+        task: Distillation,
+        teacher: Teacher | None,
+        device: torch.device,
+    ):
+        self._cfg, self._task, self._teacher, self._device = cfg, task, teacher, device
+        size, crop, workers = cfg.data.image_size, cfg.probe.crop, cfg.data.workers
+        self._held_out = load_images(held_out, size, crop, workers)
+        if not len(self._held_out.images):
+            raise InputError("probe: none of the held-out images can be read")
+        self._bank = None
+        if source.labels is not None and self._held_out.labels is not None:
+            self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), size, crop, workers)
+        self._teacher_knn: float | None = None
+        self.pictures = min(cfg.probe.pictures, len(self._held_out.images))
+
+    def measure(self) -> dict[str, float]:
+        """The numbers, by name: cosine_cls, cosine_patch, knn_student, knn_teacher (each where it exists)."""
+        self._task.eval()
+        numbers = self._similarity()
+        if self._bank is not None:
+            numbers["knn_student"] = self._knn(self._task.student)
+            if self._teacher is not None:
+                if self._teacher_knn is None:
+                    self._teacher_knn = self._knn(self._teacher)
+                numbers["knn_teacher"] = self._teacher_knn
+        self._task.train()
+        return numbers
+
+    @torch.no_grad()
+    def picture(self, path: Path) -> np.ndarray:
+        """Principal components of a few fixed images, written to `path`; its pixels [H, W, 3]."""
+        self._task.eval()
+        images = self._held_out.images[: self.pictures]
+        pixels = images.to(self._device)
+        student = self._task.teacher_space(pixels) if self._task.reaches_patches else None
+        teacher = self._teacher(pixels) if self._teacher else None
+        shared = student is not None
+        drawn = student if student is not None else self._task.student(pixels)
+        self._task.train()
+        return components_picture(images, teacher and _to_cpu(teacher), _to_cpu(drawn), shared, path)
+
+    def _similarity(self) -> dict[str, float]:
+        if self._teacher is None or "token" not in self._task.heads:
+            return {}
+        sums: dict[str, float] = {"cosine_cls": 0.0}
+        for images in self._held_out.images.split(64):
+            pixels = images.to(self._device)
+            student, teacher = self._task.teacher_space(pixels), self._teacher(pixels)
+            sums["cosine_cls"] += _cosine(student.cls, teacher.cls).sum().item()
+            if self._task.reaches_patches:
+                cosine = _cosine(student.patch, teacher.patch).mean(dim=1).sum().item()
+                sums["cosine_patch"] = sums.get("cosine_patch", 0.0) + cosine
+        return {name: total / len(self._held_out.images) for name, total in sums.items()}
+
+    def _knn(self, encode) -> float:
+        tokens, labels = class_tokens(encode, self._held_out.images, self._device), self._held_out.labels
+        bank, bank_labels = class_tokens(encode, self._bank.images, self._device), self._bank.labels
+        known = np.isin(labels, bank_labels)  # a class of which the bank has no image cannot be voted for
+        if not known.any():
+            return float("nan")
+        return knn_accuracy(
+            bank,
+            torch.from_numpy(bank_labels),
+            tokens[torch.from_numpy(known)],
+            torch.from_numpy(labels[known]),
+            self._cfg.probe.neighbours,
+        )
+
+
+def _choice(source: Source, count: int, seed: int) -> Source:
+    if len(source) <= count:
+        return source
+    chosen = np.random.default_rng((seed, len(source), 1)).permutation(len(source))[:count]
+    return Subset(source, np.sort(chosen))
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def _to_cpu(features: Features) -> Features:
+    return Features(features.cls.float().cpu(), features.patch.float().cpu(), features.grid)

@@ -1,0 +1,116 @@
+"""What a run remembers between two steps, and how it gets to disk and back. The teacher is no part of it."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import accelerate
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from proteus import __version__
+from proteus.engine.atomic import PENDING, remove_folder, write_folder
+from proteus.errors import InputError
+
+
+@dataclass
+class Progress:
+    """How far the run is, and what it met on the way."""
+
+    step: int = 0  # updates done
+    nonfinite: list[int] = field(default_factory=list)  # steps that were not applied
+    bad_images: list[int] = field(default_factory=list)  # indices of files that could not be read
+
+
+def environment(processes: int) -> dict[str, str | int]:
+    """What bit-identity holds for: a change of any of these may change the last bits."""
+    return {
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "proteus": __version__,
+    }
+
+
+class Checkpoints:
+    """`checkpoints/step_N/` of a run directory: whole or not there, the newest `keep` of them.
+
+    model:     the task's weights (student and heads).
+    Random state is not among what is saved: every draw is a function of the seed and the step.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        task: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        ema: ModelEmaV3 | None,
+        accelerator: Accelerator,
+    ):
+        self.folder = directory / "checkpoints"
+        self._keep, self._task, self._optimizer, self._ema, self._accelerator = keep, task, optimizer, ema, accelerator
+
+    def save(self, progress: Progress) -> None:
+        """Write `step_N`, then delete what is older than the newest `keep`."""
+
+        def fill(folder: Path) -> None:
+            save_file(_on_cpu(self._task), folder / "model.safetensors")
+            torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+            if self._ema is not None:
+                save_file(_on_cpu(self._ema.module), folder / "ema.safetensors")
+            if self._accelerator.scaler is not None:
+                torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
+            facts = asdict(progress) | {"environment": environment(self._accelerator.num_processes)}
+            (folder / "progress.json").write_text(json.dumps(facts))
+
+        write_folder(self.folder / f"step_{progress.step}", fill)
+        for old in list_checkpoints(self.folder)[: -self._keep]:
+            remove_folder(old)
+
+    def load(self, folder: Path) -> tuple[Progress, list[str]]:
+        """Restore everything from `folder`: (progress, what of the environment has changed since)."""
+        try:
+            facts = json.loads((folder / "progress.json").read_text())
+            self._task.load_state_dict(load_file(folder / "model.safetensors"))
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            self._optimizer.load_state_dict(state)
+            if self._ema is not None and (folder / "ema.safetensors").is_file():
+                self._ema.module.load_state_dict(load_file(folder / "ema.safetensors"))
+            if self._accelerator.scaler is not None and (folder / "scaler.pt").is_file():
+                self._accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            message = " ".join(str(error).split())[:300]
+            raise InputError(f"checkpoint {folder} does not belong to this run or is damaged: {message}") from None
+        then = facts.pop("environment")
+        now = environment(self._accelerator.num_processes)
+        return Progress(**facts), [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+
+    def clean(self) -> list[str]:
+        """Delete what a crash left half-written; its names."""
+        leftovers = sorted(self.folder.glob(PENDING + "*"))
+        for path in leftovers:
+            shutil.rmtree(path)
+        return [path.name for path in leftovers]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    numbered = [
+        (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(numbered) if (path / "progress.json").is_file()]
+
+
+def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}

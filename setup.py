@@ -1,0 +1,35 @@
+"""Package metadata. The build system and the tools' settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+XFORMERS = "xformers>=0.0.34; platform_system == 'Linux' and platform_machine == 'x86_64'"
+
+setup(
+    name="proteus-distill",
+    version="0.1.0",
+    description="Distil vision foundation models into small ones with unlabelled images alone.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["proteus", "proteus.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "timm>=1.0.20",
+        XFORMERS,
+        "accelerate>=1.2",
+        "datasets>=3.0",
+        "torchmetrics>=1.4",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "tensorboard>=2.16",
+        "safetensors>=0.4.5",
+        "scikit-learn>=1.4",
+        "matplotlib>=3.8",
+        "rich>=13.0",
+    ],
+    extras_require={"dev": ["pytest>=8.0", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
+)

@@ -1,0 +1,42 @@
+"""Distil a teacher into a student:  accelerate launch tools/train.py --cfg proteus_l14.yaml data.root=/data/imagenet"""
+
+import argparse
+import os
+import sys
+
+from proteus.config import load_config
+from proteus.errors import InputError, RunError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 the run had to stop, 2 bad input, 128 + n stopped by signal n."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Distil a frozen teacher into a smaller student.")
+    parser.add_argument("--cfg", required=True, help="a YAML file, or the name of one under configs/")
+    parser.add_argument("--resume", default="auto", help="auto (go on in run.dir), never, or a checkpoint folder")
+    parser.add_argument("override", nargs="*", help="key=value, such as run.batch_size=64")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        cfg = load_config(args.cfg, args.override)
+        # Importing torch takes seconds: what is wrong with the config is said before.
+        from proteus.training.loop import train
+        from proteus.training.preflight import check_inputs
+
+        check_inputs(cfg, args.resume)
+        signum = train(cfg, args.resume)
+    except InputError as error:
+        _complain(error.lines)
+        return 2
+    except RunError as error:
+        _complain([str(error)])
+        return 1
+    return 128 + signum if signum else 0
+
+
+def _complain(lines: list[str] | tuple[str, ...]) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every process comes to the same lines
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
