@@ -206,7 +206,7 @@ class Config(Section):
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: 1e-4 is a number, 2024-01-02 and no are texts, and a key stands once."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":bool"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -267,7 +267,8 @@ def test_an_override_sets_the_key(minimal, override, value):
     found = load_config(minimal, [override])
     for part in override.partition("=")[0].split("."):
         found = found[part] if isinstance(found, dict) else getattr(found, part)
-    assert found == value and type(found) is type(value)
+    assert found == value
+    assert type(found) is type(value)
 
 
 def test_overrides_keep_their_neighbours_and_the_last_one_wins(minimal):
@@ -393,7 +394,8 @@ def test_a_base_that_leads_back_is_refused(write, files):
 def test_a_missing_file_is_named_with_the_nearest(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = told("proteus_s41.yaml")
-    assert "'proteus_s41.yaml'" in line and line.endswith("did you mean 'proteus_s14.yaml'?")
+    assert "'proteus_s41.yaml'" in line
+    assert line.endswith("did you mean 'proteus_s14.yaml'?")
     assert "'proteus_x.yaml'" in told(write("child.yaml", {"base": "proteus_x.yaml"}))
 
 

@@ -19,7 +19,7 @@ from proteus.evaluation.knn import knn_accuracy
 from proteus.evaluation.logistic import linear_probe
 from proteus.models import Encoder, create_model, load_checkpoint
 
-SWEEP = np.logspace(-4, 2, 7)  # weight decays: a coarse grid, for four networks in seconds
+SWEEP = np.logspace(-2, 4, 7)  # weight decays: a coarse grid, for four networks in seconds
 
 
 class Score(NamedTuple):
@@ -32,15 +32,19 @@ class Score(NamedTuple):
 
 
 def measure(name: str, encoder: Encoder, cfg: Config) -> Score:
-    """Score frozen class tokens: probes learn from the training digits and their labels, the held-out ones are scored."""
+    """Score frozen class tokens: probes learn from the labelled training digits, the held-out ones are scored."""
     assert cfg.probe.split is not None
     encoder.eval()
     train, test = (
         load_images(build_source(cfg.data.model_copy(update={"split": split}), 0), cfg.data.image_size, cfg.probe.crop)
         for split in (cfg.data.split, cfg.probe.split)
     )
-    assert train.labels is not None and test.labels is not None
-    tokens = class_tokens(encoder, train.images, torch.device("cpu")), class_tokens(encoder, test.images, torch.device("cpu"))
+    assert train.labels is not None
+    assert test.labels is not None
+    tokens = (
+        class_tokens(encoder, train.images, torch.device("cpu")),
+        class_tokens(encoder, test.images, torch.device("cpu")),
+    )
     linear = linear_probe(tokens[0].numpy(), train.labels, tokens[1].numpy(), test.labels, SWEEP)
     knn = knn_accuracy(tokens[0], torch.from_numpy(train.labels), tokens[1], torch.from_numpy(test.labels))
     return Score(name, sum(p.numel() for p in encoder.vit.parameters()), linear.accuracy, knn)
@@ -56,7 +60,9 @@ def scores(distilled: Path, supervised: Path) -> list[Score]:
         measure("student, distilled without labels", load_checkpoint(str(distilled / "student.safetensors")), cfg),
         measure("student, trained with labels", load_checkpoint(str(supervised / "student.safetensors")), cfg),
         measure(
-            "student, untrained", create_model(cfg.student.name, image_size=cfg.data.image_size, **cfg.student.arch), cfg
+            "student, untrained",
+            create_model(cfg.student.name, image_size=cfg.data.image_size, **cfg.student.arch),
+            cfg,
         ),
     ]
 

@@ -56,7 +56,8 @@ class TrainingSet(Dataset):
 
     def batch(self, draws: list[Draw]) -> Batch:
         """The Batch of some draws; InputError where too many images in a row cannot be read."""
-        images, masks, labels, boxes, bad = [], [], [], [], []
+        images, masks, labels, boxes = [], [], [], []
+        bad: list[int] = []
         for row, (index, epoch, position, masked) in enumerate(draws):
             image, index = self._readable(index, bad)
             with seeded(self.seed, epoch, position):
@@ -94,10 +95,10 @@ class TrainingSet(Dataset):
 def training_batches(
     dataset: TrainingSet, sampler: Sampler, start: int, stop: int, rank: int, workers: int
 ) -> Iterator[Batch]:
-    """The micro-batches of process `rank` from update `start` to `stop`, in order, loaded ahead by `workers` processes."""
+    """The micro-batches of process `rank` from update `start` to `stop`, in order, loaded by `workers` processes."""
     loader = DataLoader(
         dataset,
-        batch_sampler=_Run(sampler, start, stop, rank),  # type: ignore[arg-type]
+        batch_sampler=_Run(sampler, start, stop, rank),
         num_workers=workers,
         collate_fn=lambda batch: batch,
         pin_memory=torch.cuda.is_available(),

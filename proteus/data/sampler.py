@@ -15,7 +15,7 @@ import numpy as np
 class Draw(NamedTuple):
     """One place of a batch: which image, and the key (epoch, position) of its crop, augmentation, erasing and mask."""
 
-    index: int
+    image: int
     epoch: int
     position: int
     masked: bool

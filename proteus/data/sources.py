@@ -97,7 +97,7 @@ class HuggingFaceSource:
 
 
 class DigitsSource:
-    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels: 1,347 to train on and 450 held out, stratified."""
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels: 1,347 to train on, 450 held out, stratified."""
 
     def __init__(self, split: str | None):
         from sklearn.datasets import load_digits
@@ -129,7 +129,7 @@ class SingleImageSource:
     Crop i is a square placed and sized by (seed, i), its side log-uniform between 1/16 and all of the short side.
     """
 
-    labels = None
+    labels: np.ndarray | None = None
 
     def __init__(self, path: Path, crops: int, seed: int):
         with Image.open(path) as image:
@@ -143,7 +143,7 @@ class SingleImageSource:
         rng = np.random.default_rng((self._seed, index))
         width, height = self._image.size
         side = max(1, round(min(width, height) * 16 ** rng.uniform(-1, 0)))
-        left, top = rng.integers(width - side + 1), rng.integers(height - side + 1)
+        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         return self._image.crop((left, top, left + side, top + side))
 
     def name(self, index: int) -> str:
@@ -174,9 +174,10 @@ class Merged:
         self.sources = sources
         self._ends = np.cumsum([len(source) for source in sources])
         self.labels = None
-        if all(source.labels is not None for source in sources):
-            offsets = np.cumsum([0, *(source.labels.max() + 1 for source in sources)])
-            self.labels = np.concatenate([s.labels + offset for s, offset in zip(sources, offsets[:-1], strict=True)])
+        labels = [source.labels for source in sources if source.labels is not None]
+        if len(labels) == len(sources):
+            offsets = np.cumsum([0, *(part.max() + 1 for part in labels)])
+            self.labels = np.concatenate([part + offset for part, offset in zip(labels, offsets[:-1], strict=True)])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -267,7 +268,8 @@ def _root(cfg: config.Source) -> str:
         raise InputError(f"data.root={root}: no such folder; data.root=PATH takes the folder that holds the images")
     if cfg.split and not (root / cfg.split).is_dir():
         raise InputError(
-            f"data.root={root} holds no folder {cfg.split!r}; give the folder above it, or data.split=null to use all of root"
+            f"data.root={root} holds no folder {cfg.split!r}; "
+            "give the folder above it, or data.split=null to use all of root"
         )
     return str(root / cfg.split if cfg.split else root)
 

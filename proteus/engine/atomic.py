@@ -8,7 +8,7 @@ from pathlib import Path
 PENDING = ".pending-"  # of a folder that is being written, or deleted; never read
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write into a temporary sibling of `folder`, force it to disk, then rename it into place."""
     pending = folder.with_name(PENDING + folder.name)
     shutil.rmtree(pending, ignore_errors=True)
@@ -30,7 +30,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write a temporary sibling of `path`, force it to disk, then rename it into place."""
     pending = path.with_name(PENDING + path.name)
     write(pending)

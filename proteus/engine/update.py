@@ -10,7 +10,7 @@ from proteus.config import Optimizer
 
 
 def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.AdamW:
-    """Fused AdamW. Weight decay on everything but vectors (biases, norms, LayerScale), as timm's rule and the paper's code."""
+    """Fused AdamW. Weight decay on all but vectors (biases, norms, LayerScale): timm's rule, and the paper's code."""
     groups = param_groups_weight_decay(module, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
@@ -18,7 +18,7 @@ def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.AdamW:
 def finite_step(
     accelerator: Accelerator, optimizer: AcceleratedOptimizer, clip_grad: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Clip, then step unless the gradient norm is infinite or not a number. Returns (norm, skipped), both on the device.
+    """Clip, then step unless the gradient norm is infinite or not a number: (norm, skipped), both on the device.
 
     The gradient has been reduced over the processes, so they all decide alike; the fused optimiser takes the decision
     as a device flag (`found_inf`), so the host does not wait. In fp16 the loss scaler does the same with its own flag.

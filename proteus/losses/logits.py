@@ -7,7 +7,7 @@ from proteus.losses.views import Projected, Target
 
 
 def logits_kl(student: Projected, target: Target) -> Tensor:
-    """KL(teacher || student) of the softened class probabilities, mean over the batch, times T^2 (Hinton et al., 2015)."""
+    """KL(teacher || student) of softened class probabilities, mean over the batch, times T^2 (Hinton et al., 2015)."""
     temperature = target.temperature
     log_student = F.log_softmax(student.logits.float() / temperature, dim=-1)  # [B, K]
     log_teacher = F.log_softmax(target.logits.float() / temperature, dim=-1)  # [B, K]

@@ -12,26 +12,26 @@ class Projected(NamedTuple):
 
     plain:  Features of all B images: class token through the token head, patch tokens through the feature head.
     masked: Features of the first M images, masked: patch tokens through the patch head.
-    logits: [B, K] of a linear classifier on the class token, or None.
+    logits: [B, K] of a linear classifier on the class token; None where no loss reads it.
     """
 
     plain: Features
     masked: Features
-    logits: Tensor | None = None
+    logits: Tensor = None  # type: ignore[assignment]
 
 
 class Target(NamedTuple):
-    """What the student is asked for.
+    """What the student is asked for. What a run has not (a teacher, labels) is None, and no loss of the run reads it.
 
-    features: the teacher's Features of the B unmasked images (None where there is no teacher).
+    features: the teacher's Features of the B unmasked images.
     mask:     [M, N] bool, True where the student saw the mask token.
-    logits:   [B, K] of the teacher's classifier, or None.
-    labels:   [B] int64, or None.
+    logits:   [B, K] of the teacher's classifier.
+    labels:   [B] int64.
     temperature: both sides' logits are divided by it in `logits_kl`.
     """
 
-    features: Features | None
+    features: Features
     mask: Tensor
-    logits: Tensor | None = None
-    labels: Tensor | None = None
+    logits: Tensor = None  # type: ignore[assignment]
+    labels: Tensor = None  # type: ignore[assignment]
     temperature: float = 1.0

@@ -48,6 +48,8 @@ class Encoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
         self.name, self.arch, self.position = name, arch or {}, position
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self._mean: Tensor
+        self._std: Tensor
         self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
         self.embed_dim: int = vit.embed_dim

@@ -92,6 +92,7 @@ def _infer(state: weights.State, family: Family, num_heads: int | None, norm_eps
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     native = _native(state, path)
+    assert native is not None
     layer_scale = "blocks.0.ls1.gamma" in state
     if family == "auto":
         is_dinov2 = "mask_token" in state or registers or (layer_scale and native == 518 and patch_size == 14)
@@ -104,10 +105,7 @@ def _infer(state: weights.State, family: Family, num_heads: int | None, norm_eps
                 f"{path}: the head count of a network {width} wide with {depth} blocks is not known; give num_heads"
             )
         (num_heads,) = known
-    if family == "timm":
-        position = TIMM
-    else:
-        position = DINOV2_REGISTERS if registers else DINOV2
+    dinov2_position = DINOV2_REGISTERS if registers else DINOV2
     return Entry(
         width=width,
         depth=depth,
@@ -120,7 +118,7 @@ def _infer(state: weights.State, family: Family, num_heads: int | None, norm_eps
         embed_prefix=_prefix(state) > 0,
         layer_scale=1.0 if layer_scale else None,
         norm_eps=norm_eps or 1e-6,
-        position=position,
+        position=TIMM if family == "timm" else dinov2_position,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )

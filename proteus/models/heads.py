@@ -35,6 +35,8 @@ class TeacherHead(nn.Module):
             )
         self.with_patches = weight.shape[1] == 2 * teacher_dim
         self.num_classes = weight.shape[0]
+        self.weight: Tensor
+        self.bias: Tensor
         self.register_buffer("weight", weight.float())
         self.register_buffer("bias", torch.zeros(len(weight)) if bias is None else bias.float())
 

@@ -23,8 +23,10 @@ DINOV2_REGISTERS = PositionRule(offset=0.0, antialias=True)
 TIMM = PositionRule(offset=0.0, antialias=True)
 
 
-def resize_position_embedding(embedding: Tensor, native: tuple[int, int], grid: tuple[int, int], rule: PositionRule):
-    """Resize patch position embeddings [1, h0 * w0, D] from the native grid (h0, w0) to `grid` (h, w): [1, h * w, D]."""
+def resize_position_embedding(
+    embedding: Tensor, native: tuple[int, int], grid: tuple[int, int], rule: PositionRule
+) -> Tensor:
+    """Patch position embeddings [1, h0 * w0, D] of the native grid (h0, w0) at `grid` (h, w): [1, h * w, D]."""
     if grid == native:
         return embedding
     dim = embedding.shape[-1]

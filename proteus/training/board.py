@@ -53,7 +53,7 @@ class Board:
         self._rows.append(torch.stack([*parts, norm.float(), skipped.float()]))
 
     def show(self, step: int, rate: float, bad_images: int) -> list[int]:
-        """End the interval at `step` updates: show its means over steps and processes. Returns the steps skipped in it."""
+        """End the interval at `step` updates: show means over steps and processes. Returns the steps skipped in it."""
         table = self._accelerator.reduce(torch.stack(self._rows), reduction="mean").double().cpu()  # [steps, parts + 2]
         elapsed, waited, steps = time.perf_counter() - self._since, self._waited, len(table)
         skipped = [step - steps + 1 + row for row in table[:, -1].nonzero().flatten().tolist()]

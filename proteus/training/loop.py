@@ -4,6 +4,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Plan:
 
 
 def train(cfg: Config, resume: str = "auto") -> int:
-    """Run a config to its end, from its newest checkpoint where there is one. Returns the signal that stopped it, or 0."""
+    """Run a config to its end, from its newest checkpoint if there is one: the signal that stopped it, or 0."""
     assert cfg.run.dir is not None
     directory = Path(cfg.run.dir)
     accelerator = _accelerator(cfg, directory)
@@ -198,7 +199,7 @@ def _lock(directory: Path) -> RunLock:
 def _target(batch: Batch, teacher: Teacher | None, temperature: float) -> Target:
     features = teacher(batch.images) if teacher else None
     logits = teacher.logits(features) if teacher and features else None
-    return Target(features, batch.mask, logits, batch.labels, temperature)
+    return Target(features, batch.mask, logits, batch.labels, temperature)  # type: ignore[arg-type]
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
@@ -231,7 +232,7 @@ def _check_grids(cfg: Config, student: Encoder, teacher: Teacher | None) -> tupl
     if teacher_grid != grid and {"feature", "patch"} & set(cfg.active_losses):
         raise InputError(
             f"the losses on patches compare patch by patch: at data.image_size={size} the student's grid is "
-            f"{grid[0]} x {grid[1]} and the teacher's {teacher_grid[0]} x {teacher_grid[1]}; give them the same patch size"
+            f"{grid[0]} x {grid[1]}, the teacher's {teacher_grid[0]} x {teacher_grid[1]}; give them the same patch size"
         )
     return grid
 
@@ -277,8 +278,8 @@ def _changes(cfg: Config, directory: Path, accelerator: Accelerator, progress: P
     return [f"warning: the config has changed since the run began ({'; '.join(changed)})"] if changed else []
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
@@ -310,8 +311,8 @@ def _check_health(cfg: Config, progress: Progress, source: Source) -> None:
         steps = ", ".join(map(str, progress.nonfinite[-10:]))
         raise RunError(
             f"{len(progress.nonfinite)} steps had a loss or gradient that was not finite, more than run.max_nonfinite="
-            f"{cfg.run.max_nonfinite}; the last were steps {steps}; the last checkpoint stands. Lower optimizer.lr, set "
-            f"optimizer.clip_grad, or use run.precision=bf16"
+            f"{cfg.run.max_nonfinite}; the last were steps {steps}; the last checkpoint stands. "
+            "Lower optimizer.lr, set optimizer.clip_grad, or use run.precision=bf16"
         )
 
 

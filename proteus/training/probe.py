@@ -1,5 +1,6 @@
 """Seeing progress: on a fixed held-out set, how near the student is to its teacher and what its features are worth."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from proteus.config import Config
 from proteus.data.sources import Source, Subset, build_source, hold_out
 from proteus.errors import InputError
-from proteus.evaluation.features import class_tokens, load_images
+from proteus.evaluation.features import PlainImages, class_tokens, load_images
 from proteus.evaluation.knn import knn_accuracy
 from proteus.models.features import Features
 from proteus.training.pictures import components_picture
@@ -51,7 +52,7 @@ class Probe:
         self._held_out = load_images(held_out, size, crop, workers)
         if not len(self._held_out.images):
             raise InputError("probe: none of the held-out images can be read")
-        self._bank = None
+        self._bank: PlainImages | None = None
         if source.labels is not None and self._held_out.labels is not None:
             self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), size, crop, workers)
         self._teacher_knn: float | None = None
@@ -62,10 +63,10 @@ class Probe:
         self._task.eval()
         numbers = self._similarity()
         if self._bank is not None:
-            numbers["knn_student"] = self._knn(self._task.student)
+            numbers["knn_student"] = self._knn(self._task.student, self._bank)
             if self._teacher is not None:
                 if self._teacher_knn is None:
-                    self._teacher_knn = self._knn(self._teacher)
+                    self._teacher_knn = self._knn(self._teacher, self._bank)
                 numbers["knn_teacher"] = self._teacher_knn
         self._task.train()
         return numbers
@@ -76,12 +77,11 @@ class Probe:
         self._task.eval()
         images = self._held_out.images[: self.pictures]
         pixels = images.to(self._device)
-        student = self._task.teacher_space(pixels) if self._task.reaches_patches else None
+        shared = self._task.reaches_patches
+        student = self._task.teacher_space(pixels) if shared else self._task.student(pixels)
         teacher = self._teacher(pixels) if self._teacher else None
-        shared = student is not None
-        drawn = student if student is not None else self._task.student(pixels)
         self._task.train()
-        return components_picture(images, teacher and _to_cpu(teacher), _to_cpu(drawn), shared, path)
+        return components_picture(images, teacher and _to_cpu(teacher), _to_cpu(student), shared, path)
 
     def _similarity(self) -> dict[str, float]:
         if self._teacher is None or "token" not in self._task.heads:
@@ -96,17 +96,17 @@ class Probe:
                 sums["cosine_patch"] = sums.get("cosine_patch", 0.0) + cosine
         return {name: total / len(self._held_out.images) for name, total in sums.items()}
 
-    def _knn(self, encode) -> float:
-        tokens, labels = class_tokens(encode, self._held_out.images, self._device), self._held_out.labels
-        bank, bank_labels = class_tokens(encode, self._bank.images, self._device), self._bank.labels
-        known = np.isin(labels, bank_labels)  # a class of which the bank has no image cannot be voted for
+    def _knn(self, encode: Callable[[Tensor], Features], bank: PlainImages) -> float:
+        assert bank.labels is not None
+        assert self._held_out.labels is not None
+        known = np.isin(self._held_out.labels, bank.labels)  # no one can vote for a class the bank has no image of
         if not known.any():
             return float("nan")
         return knn_accuracy(
-            bank,
-            torch.from_numpy(bank_labels),
-            tokens[torch.from_numpy(known)],
-            torch.from_numpy(labels[known]),
+            class_tokens(encode, bank.images, self._device),
+            torch.from_numpy(bank.labels),
+            class_tokens(encode, self._held_out.images[torch.from_numpy(known)], self._device),
+            torch.from_numpy(self._held_out.labels[known]),
             self._cfg.probe.neighbours,
         )
 

@@ -58,24 +58,24 @@ class Distillation(nn.Module):
         return Projected(
             plain=Features(self._head("token", plain.cls), self._head("feature", plain.patch), plain.grid),
             masked=masked._replace(patch=self._head("patch", masked.patch)),
-            logits=self.heads["logits"](plain.cls) if "logits" in self.heads else None,
+            logits=self.heads["logits"](plain.cls) if "logits" in self.heads else None,  # type: ignore[arg-type]
         )
 
     def _head(self, name: str, tokens: Tensor) -> Tensor:
         return self.heads[name](tokens) if name in self.heads else tokens
 
     @torch.no_grad()
-    def teacher_space(self, images: Tensor) -> Features | None:
-        """The student's tokens of unmasked images in the teacher's space, where its heads reach; for the probe.
+    def teacher_space(self, images: Tensor) -> Features:
+        """The student's tokens of unmasked images, projected to the teacher's space as far as heads reach; for probes.
 
-        Patch tokens go through the feature head, else the patch head. None where there is no token head at all.
+        Patch tokens go through the feature head, else the patch head.
         """
         plain = self.student(images)
-        if "token" not in self.heads:
-            return None
-        patch_head = next((name for name in ("feature", "patch") if name in self.heads), None)
-        patch = self.heads[patch_head](plain.patch) if patch_head else plain.patch
-        return Features(self.heads["token"](plain.cls), patch, plain.grid)
+        return Features(
+            self._head("token", plain.cls),
+            self._head("feature" if "feature" in self.heads else "patch", plain.patch),
+            plain.grid,
+        )
 
     @property
     def reaches_patches(self) -> bool:

@@ -24,7 +24,7 @@ CONVENTIONS = {
 
 
 class Teacher:
-    """A frozen encoder and, where losses on logits ask for it, its classifier. Not a module, so that no module holds it."""
+    """A frozen encoder and, for losses on logits, its classifier. Not a module, so that no module can hold it."""
 
     def __init__(self, encoder: Encoder, head: TeacherHead | None, accelerator: Accelerator, dtype: str):
         self.encoder = encoder.freeze().to(accelerator.device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)

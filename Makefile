@@ -1,0 +1,43 @@
+# Every target sets up .venv by itself where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process 2
+
+.PHONY: setup demo demo-teacher bench test test-slow check clean
+
+setup: .venv/installed
+
+.venv/installed: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Proteus needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: setup  ## distil the digits teacher afresh and print what the student kept
+	rm -rf runs/demo runs/demo_supervised
+	$(LAUNCH) tools/train.py --cfg demo.yaml
+	$(LAUNCH) tools/train.py --cfg demo/supervised.yaml run.dir=runs/demo_supervised
+	$(BIN)/python -m benchmarks.demo.table
+
+bench: setup  ## the demo's table; trains what is not there yet
+	$(LAUNCH) tools/train.py --cfg demo.yaml
+	$(LAUNCH) tools/train.py --cfg demo/supervised.yaml run.dir=runs/demo_supervised
+	$(BIN)/python -m benchmarks.demo.table
+
+demo-teacher: setup  ## train the demo's teacher (with labels) and replace the shipped file
+	$(BIN)/python -m benchmarks.demo.make_teacher
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest --slow -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy proteus tools benchmarks
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
