@@ -15,6 +15,10 @@ class InputError(Exception):
         self.lines = lines
 
 
+class UnreadableError(InputError):
+    """Data that one process of a run met and the others did not: it is that process that says so."""
+
+
 class RunError(Exception):
     """A run cannot go on (it diverged, say): the command line prints the one line and exits with status 1."""
 

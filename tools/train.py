@@ -5,7 +5,7 @@ import os
 import sys
 
 from proteus.config import load_config
-from proteus.errors import InputError, RunError
+from proteus.errors import InputError, RunError, UnreadableError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,19 +23,12 @@ def main(argv: list[str] | None = None) -> int:
 
         check_inputs(cfg, args.resume)
         signum = train(cfg, args.resume)
-    except InputError as error:
-        _complain(error.lines)
-        return 2
-    except RunError as error:
-        _complain([str(error)])
-        return 1
+    except (InputError, RunError) as error:
+        # Every process comes to the same error, and one of them says it; what only one has met, that one says.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, UnreadableError):
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     return 128 + signum if signum else 0
-
-
-def _complain(lines: list[str] | tuple[str, ...]) -> None:
-    if os.environ.get("RANK", "0") == "0":  # every process comes to the same lines
-        for line in lines:
-            print(f"error: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

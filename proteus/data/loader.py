@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from proteus.data.sampler import Draw, Sampler
 from proteus.data.sources import Source
 from proteus.data.transforms import Box, EvalTransform, TrainTransform, fill_boxes, seeded
-from proteus.errors import InputError
+from proteus.errors import UnreadableError
 
 TRIES = 100  # images tried in a row before a batch is given up
 
@@ -48,14 +48,14 @@ class TrainingSet(Dataset):
         self.source, self.transform, self.seed = source, transform, seed
         self.patches, self.masked_patches = patches, int(patches * mask_ratio)
 
-    def __getitems__(self, draws: list[Draw]) -> "Batch | InputError":
+    def __getitems__(self, draws: list[Draw]) -> "Batch | UnreadableError":
         try:
             return self.batch(draws)
-        except InputError as error:  # handed over, not raised: a worker would wrap it in its traceback
+        except UnreadableError as error:  # handed over, not raised: a worker would wrap it in its traceback
             return error
 
     def batch(self, draws: list[Draw]) -> Batch:
-        """The Batch of some draws; InputError where too many images in a row cannot be read."""
+        """The Batch of some draws; UnreadableError where too many images in a row cannot be read."""
         images, masks, labels, boxes = [], [], [], []
         bad: list[int] = []
         for row, (index, epoch, position, masked) in enumerate(draws):
@@ -87,7 +87,7 @@ class TrainingSet(Dataset):
                 return self.source.load(candidate), candidate
             except Exception:  # a decoder of a broken file may raise anything
                 bad.append(candidate)
-        raise InputError(
+        raise UnreadableError(
             f"data: {len(bad)} images in a row cannot be read, from {self.source.name(index)} on; see to the storage"
         )
 
@@ -105,7 +105,7 @@ def training_batches(
         worker_init_fn=_start_worker if workers else None,
     )
     for batch in loader:
-        if isinstance(batch, InputError):
+        if isinstance(batch, UnreadableError):
             raise batch
         yield batch
 

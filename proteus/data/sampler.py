@@ -44,9 +44,14 @@ class Sampler:
         return self.batch_size * self.processes
 
     @property
+    def images_per_step(self) -> int:
+        """Images of an update over all processes."""
+        return self.global_batch * self.accumulate
+
+    @property
     def steps_per_epoch(self) -> int:
         """Update steps of an epoch; a set smaller than one batch wraps."""
-        return max(1, self.size // (self.global_batch * self.accumulate))
+        return max(1, self.size // self.images_per_step)
 
     @property
     def masked(self) -> int:

@@ -30,6 +30,9 @@ class Encoder(nn.Module):
     image_size:  the size the network is meant to be fed, `int` or (h, w).
     """
 
+    _mean: Tensor  # [3, 1, 1]
+    _std: Tensor  # [3, 1, 1]
+
     def __init__(
         self,
         vit: VisionTransformer,
@@ -47,11 +50,7 @@ class Encoder(nn.Module):
         self.vit = vit
         self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
         self.name, self.arch, self.position = name, arch or {}, position
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self._mean: Tensor
-        self._std: Tensor
-        self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
+        self.set_convention(mean, std)
         self.embed_dim: int = vit.embed_dim
         self.num_blocks: int = len(vit.blocks)
         self.num_heads: int = vit.blocks[0].attn.num_heads
@@ -118,6 +117,15 @@ class Encoder(nn.Module):
         self.train = lambda mode=True: self  # type: ignore[method-assign]
         return self
 
+    def set_convention(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Replace the input convention: three values a piece, of RGB in [0, 1]."""
+        if len(mean) != 3 or len(std) != 3:
+            raise InputError(f"mean and std take three values, one a channel, not {mean!r} and {std!r}")
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        device = self.mask_token.device
+        self.register_buffer("_mean", torch.tensor(self.mean, device=device).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std, device=device).view(3, 1, 1), persistent=False)
+
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The patch grid (h, w) of an image of that many pixels; ValueError where the patch does not divide it."""
         if height % self.patch_size or width % self.patch_size:
@@ -172,8 +180,10 @@ class Encoder(nn.Module):
         return Features(self.vit.forward_head(tokens, pre_logits=True) if pool else None, patch, grid)  # type: ignore
 
     def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
         self._resized.clear()  # moved to another device or precision
-        return super()._apply(fn, recurse)
+        self.set_convention(self.mean, self.std)  # which stays float32: bfloat16 has 8 bits for a mean
+        return self
 
 
 def _square_or_pair(size: Sequence[int]) -> int | tuple[int, int]:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-
 from proteus.errors import InputError
 from proteus.models import weights
 from proteus.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
@@ -46,7 +44,8 @@ def create_model(
     weights.load_into(encoder, state, checkpoint)
     facts = weights.metadata_facts(metadata)
     encoder.image_size = image_size or _size(facts.get("image_size")) or encoder.image_size
-    return _convention(encoder, mean or facts.get("mean"), std or facts.get("std"))
+    _convention(encoder, facts.get("mean"), facts.get("std"))
+    return _convention(encoder, mean, std)
 
 
 def load_checkpoint(
@@ -77,7 +76,8 @@ def load_checkpoint(
     entry = _infer(state, family, num_heads or facts.get("num_heads"), norm_eps, path)
     encoder = weights.load_into(entry.build(f"vit of {path}"), state, path)
     encoder.image_size = image_size or encoder.image_size
-    return _convention(encoder, mean or facts.get("mean"), std or facts.get("std"))
+    _convention(encoder, facts.get("mean"), facts.get("std"))
+    return _convention(encoder, mean, std)
 
 
 def _infer(state: weights.State, family: Family, num_heads: int | None, norm_eps: float | None, path: str) -> Entry:
@@ -141,12 +141,8 @@ def _native(state: weights.State, path: str) -> int | None:
 
 
 def _convention(encoder: Encoder, mean: Sequence[float] | None, std: Sequence[float] | None) -> Encoder:
-    for key, values in (("mean", mean), ("std", std)):
-        if values is not None:
-            if len(values) != 3:
-                raise InputError(f"{key} takes three values, one a channel, not {values!r}")
-            setattr(encoder, key, tuple(map(float, values)))
-            getattr(encoder, f"_{key}").copy_(torch.tensor(values).view(3, 1, 1))
+    if mean is not None or std is not None:
+        encoder.set_convention(encoder.mean if mean is None else mean, encoder.std if std is None else std)
     return encoder
 
 

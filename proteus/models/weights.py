@@ -136,9 +136,7 @@ def find_official(name: str, download: bool) -> Path:
     if path.is_file():
         return path
     if not download:
-        raise InputError(
-            f"{name}: weights are not at {path}; fetch {url} and put them there or give their path as checkpoint"
-        )
+        raise InputError(f"{name}: its weights are not at {path}; fetch {url}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), progress=True)

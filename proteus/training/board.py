@@ -32,6 +32,7 @@ class Board:
         self._log = open(directory / "log.jsonl", "a") if self._main else None  # noqa: SIM115
         if self._log and self._log.tell() and (directory / "log.jsonl").read_bytes()[-1:] != b"\n":
             self._log.write("\n")  # a killed run may have left half a row
+        accelerator.init_trackers("tensorboard")
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -98,8 +99,10 @@ class Board:
         if self._main:
             print(("\r\x1b[K" if self._live else "") + text, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Leave the last progress line standing and flush everything."""
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._live:
             print(file=sys.stderr, flush=True)
         if self._log:

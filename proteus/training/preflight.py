@@ -40,8 +40,8 @@ def _check_teacher(cfg: Config) -> None:
         try:
             find_weights(cfg.teacher)
         except InputError as error:
-            hint = "teacher.checkpoint=/path takes a local file, teacher.download=true fetches it"
-            raise InputError(*(f"teacher {line} ({hint})" for line in error.lines)) from None
+            hint = "give its path as teacher.checkpoint=PATH, or teacher.download=true"
+            raise InputError(*(f"teacher {line}, {hint}" for line in error.lines)) from None
 
 
 def _check_files(cfg: Config, resume: str) -> None:

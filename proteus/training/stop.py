@@ -35,7 +35,9 @@ class Stop:
         self.signum = int(flag)
         return self.signum > 0
 
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -1,0 +1,152 @@
+"""How a run starts: devices, the lock, what must fit together, where it goes on from, what it says of itself."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from proteus.config import Config, dump_config
+from proteus.data.sampler import Sampler
+from proteus.data.sources import Source
+from proteus.engine.atomic import write_file
+from proteus.engine.lock import RunLock
+from proteus.errors import InputError
+from proteus.losses import LOSSES
+from proteus.models import Encoder
+from proteus.training.plan import Plan
+from proteus.training.state import Checkpoints, Progress, list_checkpoints
+from proteus.training.teacher import Teacher
+
+
+def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
+    """Devices, processes, precision and the TensorBoard tracker of a run."""
+    # DDP orders its buckets anew after the first step it makes. With three processes and more the order of a sum
+    # changes its last bits, so a resumed run would differ; searching for unused parameters keeps the first order.
+    fixed_buckets = int(os.environ.get("WORLD_SIZE", 1)) > 2
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=fixed_buckets, broadcast_buffers=False)
+    return Accelerator(
+        mixed_precision=cfg.run.precision,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory)),
+        kwargs_handlers=[ddp],
+    )
+
+
+def take_lock(directory: Path) -> RunLock:
+    """Make the run directory and lock it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.dir={directory} cannot be made: {error}") from None
+    return RunLock(directory)
+
+
+def count_classes(source: Source, teacher: Teacher | None) -> int | None:
+    """Outputs of the student's classifier, should a loss want one: the teacher's classes, else the labels'."""
+    if teacher is not None and teacher.head is not None:
+        return teacher.head.num_classes
+    return None if source.labels is None else int(source.labels.max()) + 1
+
+
+def check_labels(cfg: Config, source: Source) -> None:
+    """InputError where a loss needs labels and the data has none."""
+    for name in cfg.active_losses:
+        if LOSSES[name].needs_labels and source.labels is None:
+            raise InputError(
+                f"losses.{name} needs labels, and data.root={cfg.data.root} has none (root/<class>/<image> would)"
+            )
+
+
+def check_grids(cfg: Config, student: Encoder, teacher: Teacher | None) -> tuple[int, int]:
+    """The student's patch grid; InputError where a patch does not divide the image or the teacher's grid differs."""
+    size = cfg.data.image_size
+    try:
+        grid = student.grid_of(size, size)
+        teacher_grid = teacher.encoder.grid_of(size, size) if teacher else grid
+    except ValueError as error:
+        raise InputError(f"data.image_size={size}: {error}") from None
+    if teacher_grid != grid and {"feature", "patch"} & set(cfg.active_losses):
+        raise InputError(
+            f"the losses on patches compare patch by patch: at data.image_size={size} the student's grid is "
+            f"{grid[0]} x {grid[1]}, the teacher's {teacher_grid[0]} x {teacher_grid[1]}; give them the same patch size"
+        )
+    return grid
+
+
+def resume_run(
+    checkpoints: Checkpoints, directory: Path, resume: str, accelerator: Accelerator
+) -> tuple[Progress, list[str]]:
+    """Where the run starts, and what is worth telling about it."""
+    notes = []
+    found = list_checkpoints(checkpoints.folder)
+    if accelerator.is_main_process:
+        half = checkpoints.clean()
+        notes += [f"warning: {name} in {checkpoints.folder} was half-written and is left out" for name in half]
+    if resume == "never" and found:
+        raise InputError(
+            f"{directory} holds a run at {found[-1].name}: give another run.dir, or leave --resume at auto to go on"
+        )
+    if resume not in ("auto", "never"):
+        found = [Path(resume)]
+    if not found:
+        return Progress(), notes
+    progress, changed = checkpoints.load(found[-1])
+    notes.append(f"resumed from {found[-1]}")
+    notes += [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
+    return progress, notes
+
+
+def write_config(cfg: Config, directory: Path, accelerator: Accelerator, progress: Progress) -> list[str]:
+    """Write config.yaml; returns a warning where a run goes on under another config than it began with."""
+    if not accelerator.is_main_process:
+        return []
+    path, text = directory / "config.yaml", dump_config(cfg)
+    before = yaml.safe_load(path.read_text()) if path.is_file() and progress.step else None
+    write_file(path, lambda pending: pending.write_text(text))
+    if before is None:
+        return []
+    then, now = _flat(before), _flat(yaml.safe_load(text))
+    changed = [
+        f"{key}: {then.get(key)} -> {now.get(key)}"
+        for key in sorted(now.keys() | then.keys())
+        if then.get(key) != now.get(key)
+    ]
+    return [f"warning: the config has changed since the run began ({'; '.join(changed)})"] if changed else []
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def summarise(
+    cfg: Config,
+    plan: Plan,
+    student: Encoder,
+    teacher: Teacher | None,
+    source: Source,
+    sampler: Sampler,
+    rate: float,
+    accelerator: Accelerator,
+) -> list[str]:
+    """What the run is, in four lines."""
+
+    def size(encoder: Encoder) -> str:
+        return f"{encoder.name} ({sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M)"
+
+    losses = " + ".join(f"{weight:g} {name}" for name, weight in cfg.active_losses.items())
+    batch = f"{sampler.processes} x {sampler.batch_size} x {sampler.accumulate}"
+    precision = "float32" if cfg.run.precision == "no" else cfg.run.precision
+    return [
+        f"teacher  {size(teacher.encoder) if teacher else 'none'}",
+        f"student  {size(student)}, {losses}",
+        f"data     {len(source):,} images at {cfg.data.image_size} px, batch {sampler.images_per_step} ({batch}), "
+        f"lr {rate:.2e}",
+        f"run      {plan.total_steps:,} steps of {plan.steps_per_epoch:,} an epoch, {accelerator.device.type}, "
+        f"{precision}, in {cfg.run.dir}",
+    ]
