@@ -1,7 +1,7 @@
 """From draws to batches: decoding, augmenting, masking, and what happens to an image that cannot be read."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +94,7 @@ class TrainingSet(Dataset):
 
 def training_batches(
     dataset: TrainingSet, sampler: Sampler, start: int, stop: int, rank: int, workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The micro-batches of process `rank` from update `start` to `stop`, in order, loaded by `workers` processes."""
     loader = DataLoader(
         dataset,
@@ -103,6 +103,7 @@ def training_batches(
         collate_fn=lambda batch: batch,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker if workers else None,
+        generator=torch.Generator(),  # its own: the loader's start must not draw from the one that the step has seeded
     )
     for batch in loader:
         if isinstance(batch, UnreadableError):
@@ -143,6 +144,7 @@ class _Run:
 
 
 def _start_worker(_: int) -> None:
-    # A signal to the whole group is the trainer's to answer: it still needs its batches to write a checkpoint.
+    # A signal to the whole group is the trainer's to answer, which wants its batches up to the checkpoint. A second
+    # SIGTERM comes from the trainer itself, where it cannot wait for a worker any longer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

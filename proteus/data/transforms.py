@@ -3,12 +3,12 @@
 import math
 import random
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
@@ -50,7 +50,7 @@ class TrainTransform:
                 "interpolation": Image.Resampling.BICUBIC,
             }
             try:
-                steps.append(rand_augment_transform(cfg.auto_augment, hparams))
+                steps.append(_rand_augment(cfg.auto_augment, hparams))
             except (AssertionError, ValueError, TypeError) as error:
                 raise InputError(
                     f"data.augment.auto_augment={cfg.auto_augment!r} is no RandAugment name of timm: {error}"
@@ -61,6 +61,19 @@ class TrainTransform:
     def __call__(self, image: Image.Image) -> tuple[Tensor, Box | None]:
         pixels = pil_to_tensor(self._steps(image))  # uint8 [3, S, S]
         return pixels, draw_box(self._size) if random.random() < self._erasing else None
+
+
+def _rand_augment(name: str, hparams: dict[str, Any]) -> RandAugment:
+    augment = rand_augment_transform(name, hparams)
+    for op in augment.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    # As timm's, but for 0 bits too, which magnitude 10 asks for: that is black, and Pillow 13 refuses it.
+    return image if bits >= 8 else image.point([value & ~(2 ** (8 - bits) - 1) for value in range(256)] * 3)
 
 
 def draw_box(size: int) -> Box | None:

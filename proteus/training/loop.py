@@ -79,7 +79,11 @@ def train(cfg: Config, resume: str = "auto") -> int:
     batches = training_batches(dataset, sampler, progress.step, plan.total_steps, rank, cfg.data.workers)
     seen_bad = set(progress.bad_images)
 
-    with Board(accelerator, directory, plan.total_steps, sampler.images_per_step) as board, Stop(accelerator) as stop:
+    with (
+        contextlib.closing(batches),
+        Board(accelerator, directory, plan.total_steps, sampler.images_per_step) as board,
+        Stop(accelerator) as stop,
+    ):
         for line in [*start.summarise(cfg, plan, student, teacher, source, sampler, base_rate, accelerator), *notes]:
             board.say(line)
         probe = None

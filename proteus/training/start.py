@@ -83,7 +83,7 @@ def resume_run(
     notes = []
     found = list_checkpoints(checkpoints.folder)
     if accelerator.is_main_process:
-        half = checkpoints.clean()
+        half = checkpoints.half_written()
         notes += [f"warning: {name} in {checkpoints.folder} was half-written and is left out" for name in half]
     if resume == "never" and found:
         raise InputError(

@@ -96,12 +96,13 @@ class Checkpoints:
         now = environment(self._accelerator.num_processes)
         return Progress(**facts), [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
 
-    def clean(self) -> list[str]:
-        """Delete what a crash left half-written; its names."""
-        leftovers = sorted(self.folder.glob(PENDING + "*"))
-        for path in leftovers:
+    def half_written(self) -> list[str]:
+        """Names of what is not whole. What a crash of ours left under a temporary name is deleted."""
+        pending = sorted(self.folder.glob(PENDING + "*"))
+        for path in pending:
             shutil.rmtree(path)
-        return [path.name for path in leftovers]
+        whole = list_checkpoints(self.folder)
+        return [path.name for path in (*pending, *sorted(self.folder.glob("step_*"))) if path not in whole]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,145 @@
+"""What bad input gets: the error table of the design, row by row, by the trainer's own main."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.training.conftest import read_log
+
+
+@pytest.fixture
+def complaint(run_here, capsys):
+    """Run with overrides that cannot work; returns the lines of the complaint."""
+
+    def run(*overrides: str, status: int = 2, **where) -> list[str]:
+        capsys.readouterr()
+        assert run_here(*overrides, **where) == status
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return [line for line in said.splitlines() if line.startswith("error: ")]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.sede=1", "unknown key 'run.sede'; did you mean 'run.seed'?"),
+        ("run.batch_size=many", "run.batch_size"),
+        ("losses.tokn=1", "unknown loss 'tokn'; did you mean 'token'?"),
+        ("student.name=proteus_vits41", "unknown model 'proteus_vits41'; did you mean 'proteus_vits14'?"),
+        ("teacher.name=timm/vit_tny_patch16_224", "did you mean 'timm/vit_tiny_patch16_224'?"),
+        ("student.name=timm/resnet18", "timm/resnet18"),
+        ("student.arch.widht=3", "widht"),
+        ("run.precision=fp16", "run.precision=fp16 needs a GPU"),
+        ("data.augment.auto_augment=rand-m9-foo1", "data.augment.auto_augment"),
+        ("data.image_size=18", "18 x 18 pixels"),
+        ("data.kind=folder", "data.root is not set"),
+        ("data.split=val", "the digits have splits train and test"),
+        ("student.checkpoint=nowhere.safetensors", "student.checkpoint=nowhere.safetensors: no such file"),
+        ("teacher.arch.patch_size=8", "the teacher's 2 x 2"),
+        ("--resume=nowhere", "--resume nowhere"),
+    ],
+)
+def test_one_line_that_names_the_key(complaint, override, said):
+    (line,) = complaint(override)
+    assert said in line
+
+
+def test_everything_that_is_missing_is_said_at_once(complaint, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    lines = complaint(cfg="proteus_l14.yaml")
+    assert len(lines) == 3  # weights, fp16 without a GPU, data
+    weights, precision, data = lines
+    assert "dinov2_vitg14_pretrain.pth" in weights
+    assert "https://" in weights
+    assert "teacher.checkpoint=PATH" in weights
+    assert "teacher.download=true" in weights
+    assert "run.precision" in precision
+    assert "data.root=PATH" in data
+    assert "train/<class>/<image>" in data
+    assert not list((tmp_path / "hub").rglob("*"))  # nothing was fetched
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_root_missing_empty_or_without_images(complaint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/readme.txt").write_text("no picture")
+    for name, said in (("nowhere", "no such folder"), ("empty", "no images under"), ("texts", "no images under")):
+        (line,) = complaint("data.kind=folder", "data.split=null", f"data.root={tmp_path / name}")
+        assert said in line
+        assert str(tmp_path / name) in line
+    (line,) = complaint("data.kind=folder", f"data.root={tmp_path}")
+    assert "holds no folder 'train'" in line
+
+
+def test_weights_that_do_not_fit_are_named(complaint, run_here, tmp_path):
+    assert run_here("schedule.steps=1", directory="first") == 0
+    file = tmp_path / "first/student.safetensors"
+    (line,) = complaint(f"student.checkpoint={file}", "student.arch.embed_dim=32")
+    assert "cls_token is [1, 1, 16], not [1, 1, 32]" in line
+    (line,) = complaint(f"student.checkpoint={file}", "student.arch.depth=3")
+    assert "missing: blocks.2.norm1.weight" in line
+    (line,) = complaint(f"student.checkpoint={file}", "student.arch.depth=1")
+    assert "unexpected: blocks.1.attn.proj.bias" in line
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights at all")
+    (line,) = complaint(f"student.checkpoint={tmp_path / 'broken.safetensors'}")
+    assert "cannot be read" in line
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 40 noise images; photos(n) breaks the first n of them."""
+
+    def make(broken: int):
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for index in range(40):
+            pixels = np.random.default_rng(index).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+        for index in range(broken):
+            path = folder / f"{index:02d}.png"
+            path.write_bytes(path.read_bytes()[:200])
+        return "data.kind=folder", "data.split=null", f"data.root={folder}", "data.repeats=1"
+
+    return make
+
+
+def test_unreadable_images_are_replaced_counted_and_named(photos, run_here, tmp_path):
+    assert run_here(*photos(3), "schedule.steps=6", "data.max_bad_files=4") == 0
+    assert (tmp_path / "run/skipped_images.txt").read_text().split() == ["00.png", "01.png", "02.png"]
+    assert read_log(tmp_path / "run")[-1]["bad_images"] == 3
+    facts = json.loads((tmp_path / "run/checkpoints/step_6/progress.json").read_text())
+    assert facts["bad_images"] == [0, 1, 2]
+
+
+def test_too_many_unreadable_images_stop_the_run(photos, complaint, tmp_path):
+    settings = photos(12)
+    (line,) = complaint(*settings, "schedule.steps=12")
+    assert "of 40 images cannot be read" in line
+    assert "data.max_bad_share=0.01" in line
+    assert len((tmp_path / "run/skipped_images.txt").read_text().split()) >= 10
+    assert complaint(*settings, "schedule.steps=12", "data.max_bad_share=0.5", status=0, directory="patient") == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_of_which_nothing_can_be_read_is_one_line(photos, complaint, workers):
+    (line,) = complaint(*photos(40), f"data.workers={workers}")
+    assert "images in a row cannot be read" in line
+
+
+def test_a_diverging_run_stops_names_the_steps_and_leaves_its_checkpoint(complaint, run_here, tmp_path):
+    settings = ("schedule.steps=40", "run.max_nonfinite=5", "run.save_every=2", "schedule.warmup_steps=0")
+    assert run_here(*settings, "schedule.steps=2", "optimizer.lr=1e-3") == 0
+    (line,) = complaint(*settings, "optimizer.lr=1e30", status=1)
+    assert "6 steps" in line
+    assert "run.max_nonfinite=5" in line
+    assert "optimizer.lr" in line
+    rows = read_log(tmp_path / "run")
+    assert sum(row["skipped_steps"] for row in rows) == 6
+    assert [row["loss"] for row in rows if row["skipped_steps"]] == [None] * 6
+    assert (tmp_path / "run/checkpoints").is_dir()
+    assert sorted((tmp_path / "run/checkpoints").glob("step_*"))

@@ -1,0 +1,67 @@
+"""What only a GPU can show. These skip themselves without one."""
+
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.conftest import read_log
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(run_here, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_each_precision_learns(run_here, tmp_path, precision):
+    assert run_here(f"run.precision={precision}", "schedule.steps=60") == 0
+    rows = read_log(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert sum(row["skipped_steps"] for row in rows) < 20  # fp16 looks for its loss scale
+
+
+def test_compiled_networks_learn(run_here, tmp_path):
+    assert run_here("run.precision=bf16", "teacher.compile=true", "student.compile=true", "schedule.steps=30") == 0
+    rows = read_log(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_step_does_not_wait_for_the_device(run_here):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # One interval without logging in it; what start-up and the end of a run do is theirs.
+        from proteus.training import loop
+
+        seed_step, shown = loop._seed_step, []
+
+        def only_inside(*args):
+            torch.cuda.set_sync_debug_mode("error" if 2 <= len(shown) < 8 else "default")
+            shown.append(args)
+            seed_step(*args)
+
+        loop._seed_step = only_inside
+        torch.cuda.set_sync_debug_mode("default")
+        assert run_here("run.precision=bf16", "run.log_every=100", "run.save_every=100") == 0
+        assert len(shown) == 12
+    finally:
+        loop._seed_step = seed_step
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_killed_on_the_gpu_ends_bit_identical(trainer, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    prelude = "import os, torch\nos.environ['ACCELERATE_USE_CPU'] = 'false'\ntorch.use_deterministic_algorithms(True)"
+    whole = trainer("whole", "schedule.steps=40", prelude=prelude)
+    assert whole.wait() == 0, whole.output()
+    killed = trainer("killed", "schedule.steps=40", prelude=prelude)
+    killed.wait_until(lambda: killed.steps() >= 13)
+    killed.kill(signal.SIGKILL)
+    killed.wait()
+    resumed = trainer("killed", "schedule.steps=40", "data.workers=2", prelude=prelude)
+    assert resumed.wait() == 0, resumed.output()
+    one, other = (load_file(run.directory / "student.safetensors") for run in (whole, killed))
+    assert all(torch.equal(one[key], other[key]) for key in one)
