@@ -9,13 +9,15 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, base: float
     """Rate of update `step` (from 0): linear warm-up from `warmup_lr`, then cosine to `min_lr`, as timm's scheduler.
 
     The cosine runs over all steps, warm-up included. With `per: epoch` the rate is that of the epoch's first step.
+    Where linear scaling puts `base` below them, `warmup_lr` and `min_lr` are `base`: a rate never climbs at its end.
     """
+    first, last = min(schedule.warmup_lr, base), min(schedule.min_lr, base)
     warmup = schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)
     if schedule.per == "epoch":
         step -= step % steps_per_epoch
     if step < warmup:
-        return schedule.warmup_lr + (base - schedule.warmup_lr) * step / warmup
-    return schedule.min_lr + 0.5 * (base - schedule.min_lr) * (1 + math.cos(math.pi * step / total_steps))
+        return first + (base - first) * step / warmup
+    return last + 0.5 * (base - last) * (1 + math.cos(math.pi * step / total_steps))
 
 
 def scaled_rate(lr: float, lr_batch: int | None, global_batch: int) -> float:

@@ -57,6 +57,10 @@ class Probe:
             self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), size, crop, workers)
         self._teacher_knn: float | None = None
         self.pictures = min(cfg.probe.pictures, len(self._held_out.images))
+        spread = torch.linspace(
+            0, len(self._held_out.images) - 1, self.pictures
+        ).long()  # a sorted set starts with one class
+        self._drawn = self._held_out.images[spread]
 
     def measure(self) -> dict[str, float]:
         """The numbers, by name: cosine_cls, cosine_patch, knn_student, knn_teacher (each where it exists)."""
@@ -75,13 +79,12 @@ class Probe:
     def picture(self, path: Path) -> np.ndarray:
         """Principal components of a few fixed images, written to `path`; its pixels [H, W, 3]."""
         self._task.eval()
-        images = self._held_out.images[: self.pictures]
-        pixels = images.to(self._device)
+        pixels = self._drawn.to(self._device)
         shared = self._task.reaches_patches
         student = self._task.teacher_space(pixels) if shared else self._task.student(pixels)
         teacher = self._teacher(pixels) if self._teacher else None
         self._task.train()
-        return components_picture(images, teacher and _to_cpu(teacher), _to_cpu(student), shared, path)
+        return components_picture(self._drawn, teacher and _to_cpu(teacher), _to_cpu(student), shared, path)
 
     def _similarity(self) -> dict[str, float]:
         if self._teacher is None or "token" not in self._task.heads:

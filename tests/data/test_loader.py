@@ -318,8 +318,8 @@ def test_the_plain_set_has_none_where_an_image_cannot_be_read(damaged):
 # Odd but valid images
 
 
-def grey16() -> Image.Image:
-    return Image.fromarray(np.full((50, 60), 100 * 257, np.uint16))
+def grey16(order: str = "<") -> Image.Image:
+    return Image.fromarray(np.full((50, 60), 100 * 257, f"{order}u2"))
 
 
 def palette() -> Image.Image:
@@ -343,6 +343,7 @@ ODD = {  # name: (image, format, options, its colour, tolerance)
     "cmyk": (cmyk(), "JPEG", {"quality": 95}, (200, 100, 50), 3),
     "grey-16-bit": (grey16(), "PNG", {}, (100, 100, 100), 0),
     "grey-16-bit-tiff": (grey16(), "TIFF", {}, (100, 100, 100), 0),
+    "grey-16-bit-tiff-big-endian": (grey16(">"), "TIFF", {}, (100, 100, 100), 0),
     "pixel": (Image.new("RGB", (1, 1), (200, 100, 50)), "PNG", {}, (200, 100, 50), 0),
     "wide": (Image.new("RGB", (2000, 3), (200, 100, 50)), "PNG", {}, (200, 100, 50), 0),
     "high": (Image.new("RGB", (3, 2000), (200, 100, 50)), "PNG", {}, (200, 100, 50), 0),

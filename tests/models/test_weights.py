@@ -1,53 +1,26 @@
-"""Weight files: what is inferred, what is refused and how it is said, and what comes back from our own files."""
+"""Weight files of others: what is inferred, what is refused, and how it is said."""
 
-import http.server
 import io
-import json
 import pickle
-import socket
-import threading
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from proteus.config import Config
 from proteus.errors import InputError
 from proteus.models import create_model, load_checkpoint
-from proteus.models.weights import find_official, read_checkpoint, save_encoder
-from proteus.models.zoo import ENTRIES
-from proteus.training.preflight import check_inputs
+from proteus.models.weights import read_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TINY = {"embed_dim": 32, "depth": 2, "num_heads": 4}
 PLAIN = "timm/vit_tiny_patch16_224"
-IDENTITY = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 def golden(name, prefix):
     """The tensors of a golden file under a prefix, which is taken off."""
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def randomise(module: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-
-def tiny(name=PLAIN, image_size=64, **options):
-    encoder = create_model(name, image_size=image_size, **{**TINY, **options}).eval()
-    randomise(encoder)
-    return encoder
 
 
 def images(*size):
@@ -249,7 +222,7 @@ BROKEN = {
     "header.safetensors": b"\xff" * 8 + save(TENSORS)[8:],
     "renamed.pth": save(TENSORS),
     "renamed.safetensors": _saved(TENSORS),
-    "code.pth": pickle.dumps(Evil()),
+    "code.pth": pickle.dumps(Evil(), protocol=2),
     "list.pth": _saved([torch.zeros(2)]),
     "number.pth": _saved(3),
     "tensor.pth": _saved(torch.zeros(2)),
@@ -289,259 +262,3 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
 def test_a_file_of_another_network_is_said_to_be_one(tmp_path):
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "linear.pth")
     assert "not a vision transformer" in said(load_checkpoint, str(tmp_path / "linear.pth"))
-
-
-# ------------------------------------------------------------------------------------------------- our own files
-
-ROUND_TRIPS = {
-    "class token": (PLAIN, 16, {}),
-    "widths and drop path": (PLAIN, 16, {"mlp_ratio": 3, "drop_path": 0.2, "init_values": 0.5}),
-    "norm epsilon": (PLAIN, 16, {"norm_eps": 1e-2}),
-    "another patch": (PLAIN, 8, {"patch_size": 8}),
-    "norm before the blocks": ("timm/vit_base_patch16_clip_224", 16, {}),
-    "attention pooling": ("timm/vit_base_patch16_siglip_224", 16, {}),
-    "average pooling": ("timm/vit_base_patch16_siglip_gap_224", 16, {}),
-    "registers": ("timm/vit_small_patch14_reg4_dinov2", 14, {}),
-    "timm's DINOv2": ("timm/vit_small_patch14_dinov2", 14, {}),
-}
-
-
-@pytest.mark.parametrize("normalise", [{}, {"mean": (0.1, 0.2, 1 / 3), "std": (0.7, 0.8, 2 / 3)}], ids=["own", "given"])
-@pytest.mark.parametrize(("name", "patch", "options"), ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, patch, options, normalise):
-    path = str(tmp_path / "student.safetensors")
-    encoder = tiny(name, 4 * patch, **options, **normalise)
-    save_encoder(encoder, path)
-    for loaded in (load_checkpoint(path), create_model(name, checkpoint=path, **{**TINY, **options})):
-        assert_same_network(loaded, encoder, (4 * patch, 4 * patch), (3 * patch, 5 * patch))
-        for fact in ("name", "arch", "mean", "std", "image_size", "num_heads", "patch_size", "native_grid", "position"):
-            assert getattr(loaded, fact) == getattr(encoder, fact), fact
-
-
-@pytest.mark.parametrize("size", [(32, 48), (32, 128)], ids=str)
-def test_a_network_of_a_wide_native_size_comes_back(tmp_path, size):
-    path = str(tmp_path / "student.safetensors")
-    encoder = tiny(image_size=size)  # 2 x 3 and 2 x 8 patches: as many as 4 x 4
-    save_encoder(encoder, path)
-    for loaded in (load_checkpoint(path), create_model(PLAIN, checkpoint=path, **TINY)):
-        assert loaded.native_grid == encoder.native_grid
-        assert_same_network(loaded, encoder, size, (64, 48))
-
-
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [("auto", {"mean": (0.1, 0.2, 0.3)}), ("dinov2", {"std": (1, 2, 3)}), ("timm", {}), ("timm", {"norm_eps": 1e-2})],
-    ids=str,
-)
-def test_a_network_without_a_name_comes_back(tmp_path, family, options):
-    torch.save(golden("proteus_losses", "student."), tmp_path / "original.pth")
-    encoder = load_checkpoint(str(tmp_path / "original.pth"), family, num_heads=2, **options)
-    save_encoder(encoder, tmp_path / "ours.safetensors")
-    loaded = load_checkpoint(str(tmp_path / "ours.safetensors"))
-    assert (loaded.mean, loaded.std, loaded.num_heads) == (encoder.mean, encoder.std, 2)
-    assert_same_network(loaded, encoder, (112, 112))
-    assert_same_network(loaded, encoder, (56, 84))  # where the position rule is seen
-
-
-def test_the_arguments_of_loading_win_over_the_files(tmp_path):
-    path = str(tmp_path / "student.safetensors")
-    save_encoder(tiny(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)), path)
-    for load in (load_checkpoint, partial(create_model, PLAIN, **TINY)):
-        source = {"checkpoint": path} if isinstance(load, partial) else {"path": path}
-        loaded = load(**source, mean=(0, 0, 0), image_size=96)
-        assert loaded.mean == (0, 0, 0)
-        assert loaded.std == (0.4, 0.5, 0.6)
-        assert loaded.image_size == 96
-        assert loaded.native_grid == (4, 4)
-
-
-@torch.no_grad()
-def test_plain_timm_takes_the_file(tmp_path):
-    encoder = tiny(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    save_encoder(encoder, tmp_path / "student.safetensors")
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64, **TINY).eval()
-    vit.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
-    with safe_open(tmp_path / "student.safetensors", "pt") as file:
-        facts = json.loads(file.metadata()["proteus"])
-    x = (images(64, 64) - torch.tensor(facts["mean"]).view(3, 1, 1)) / torch.tensor(facts["std"]).view(3, 1, 1)
-    tokens, features = vit.forward_features(x), encoder(images(64, 64))
-    torch.testing.assert_close(tokens[:, 0], features.cls)
-    torch.testing.assert_close(tokens[:, 1:], features.patch)
-
-
-@torch.no_grad()
-def test_plain_timm_takes_a_students_file(tmp_path):
-    student = create_model("proteus_vitt14", drop_path=0.1, image_size=56).eval()
-    save_encoder(student, tmp_path / "student.safetensors")
-    vit = VisionTransformer(
-        img_size=56,
-        patch_size=14,
-        embed_dim=192,
-        depth=12,
-        num_heads=3,
-        init_values=1.0,
-        num_classes=0,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    ).eval()
-    vit.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
-    x = images(56, 56)
-    normalised = (x - torch.tensor(student.mean).view(3, 1, 1)) / torch.tensor(student.std).view(3, 1, 1)
-    torch.testing.assert_close(vit.forward_features(normalised)[:, 0], student(x).cls)
-    loaded = load_checkpoint(str(tmp_path / "student.safetensors"))
-    assert (loaded.name, loaded.arch, loaded.image_size) == ("proteus_vitt14", {"drop_path": 0.1}, 56)
-    assert_same_network(loaded, student, (56, 56), (70, 28))
-
-
-def test_half_precision_on_disk(tmp_path):
-    encoder = tiny()
-    save_encoder(encoder, tmp_path / "half.safetensors", torch.float16)
-    stored = load_file(tmp_path / "half.safetensors")
-    assert {value.dtype for value in stored.values()} == {torch.float16}
-    loaded = load_checkpoint(str(tmp_path / "half.safetensors"))
-    for key, value in encoder.vit.state_dict().items():
-        assert torch.equal(loaded.vit.state_dict()[key], value.half().float()), key
-        assert loaded.vit.state_dict()[key].dtype == torch.float32
-    assert {value.dtype for value in encoder.vit.state_dict().values()} == {torch.float32}
-
-
-# ----------------------------------------------------------------------------------------------- official files
-
-
-@pytest.fixture
-def caches(tmp_path, monkeypatch):
-    """Empty folders where torch and the hub keep files, and a machine whose names resolve nowhere but here."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.AGENT_HARNESSES_PATH", str(tmp_path / "no_such"), raising=False)
-    monkeypatch.setattr(
-        "huggingface_hub.utils._detect_agent._registry", None, raising=False
-    )  # asked for once a process
-    monkeypatch.setenv("no_proxy", "*")
-    asked = []
-
-    def resolve(host, *args, **kwargs):
-        if host == "127.0.0.1":
-            return original(host, *args, **kwargs)
-        asked.append(host)
-        raise socket.gaierror(-2, "Name or service not known")
-
-    original = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    return tmp_path, asked
-
-
-def files_under(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vitg14_reg"])
-def test_official_weights_that_are_not_there_are_described(caches, name):
-    folder, asked = caches
-    with pytest.raises(InputError) as caught:
-        find_official(name, download=False)
-    text = str(caught.value)
-    file = f"{name.replace('_reg', '_reg4')}_pretrain.pth"
-    assert f"https://dl.fbaipublicfiles.com/dinov2/{name.removesuffix('_reg')}/{file}" in text
-    assert str(folder / "torch" / "hub" / "checkpoints" / file) in text
-    assert asked == []
-    assert files_under(folder) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("dinov2_vits14", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
-        ("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors of timm/vit_tiny_patch16_224.augreg_in21k"),
-    ],
-)
-def test_a_teacher_that_is_not_there_is_told_with_its_options(caches, name, file):
-    folder, asked = caches
-    config = Config(
-        teacher={"name": name},
-        student={"name": "proteus_vitt14"},
-        losses={"token": 1},
-        data={"kind": "digits"},
-        schedule={"steps": 1},
-    )
-    line = said(check_inputs, config, "auto")
-    assert name in line
-    assert file in line
-    for hint in ("teacher.checkpoint=PATH", "teacher.download=true", "give its path"):
-        assert line.count(hint) == 1, line
-    assert asked == []
-    assert files_under(folder) == []
-
-
-def test_official_weights_on_the_disk_are_found(caches):
-    folder, _ = caches
-    path = folder / "torch" / "hub" / "checkpoints" / "dinov2_vitb14_pretrain.pth"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"x")
-    assert find_official("dinov2_vitb14", download=False) == path
-
-
-def test_weights_in_the_hubs_cache_are_found(caches):
-    folder, _ = caches
-    repository = folder / "hub" / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    path = repository / "snapshots" / ("0" * 40) / "model.safetensors"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"x")
-    assert find_official("timm/vit_tiny_patch16_224", download=False) == path
-
-
-def test_without_a_network_a_download_is_an_input_error(caches):
-    folder, asked = caches
-    with pytest.raises(InputError, match=r"https://dl.fbaipublicfiles.com/.*checkpoint"):
-        create_model("dinov2_vits14", pretrained=True)
-    assert asked == ["dl.fbaipublicfiles.com"]
-    assert files_under(folder) == []
-
-
-@pytest.mark.parametrize("name", ["proteus_vits14", "dinov2_vits15", "timm/vit_tny_patch16_224", "xyzzy"])
-def test_names_without_official_weights_are_input_errors(caches, name):
-    _, asked = caches
-    with pytest.raises(InputError, match=name):
-        find_official(name, download=False)
-    assert asked == []
-
-
-@pytest.fixture
-def publisher(monkeypatch):
-    """A web server on this machine that publishes 1,000 bytes as DINOv2-S and breaks off after `sends` of them."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"w" * server.sends)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.sends = 1000
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}/dinov2_vits14_pretrain.pth"
-    monkeypatch.setitem(ENTRIES, "dinov2_vits14", replace(ENTRIES["dinov2_vits14"], url=url))
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_download_lands_where_it_is_looked_for(caches, publisher):
-    path = find_official("dinov2_vits14", download=True)
-    assert path.read_bytes() == b"w" * 1000
-    publisher.shutdown()
-    assert find_official("dinov2_vits14", download=False) == path
-
-
-def test_a_download_that_breaks_off_leaves_no_file(caches, publisher):
-    publisher.sends = 400
-    with pytest.raises(InputError, match="checkpoint"):
-        find_official("dinov2_vits14", download=True)
-    assert files_under(caches[0]) == []

@@ -149,8 +149,8 @@ def test_a_name_like_no_other_is_still_an_input_error():
         ("proteus_vitt14", {"dropp_ath": 0.1}, "dropp_ath"),
         ("timm/vit_tiny_patch16_224", {"embed_dimm": 64}, "embed_dimm"),
         ("timm/vit_tiny_patch16_224", {"embed_dim": 64, "num_heads": 5}, "num_heads=5"),
-        ("proteus_vitt14", {"mean": (0.5,)}, "mean"),
-        ("proteus_vitt14", {"std": (0.5, 0.5)}, "std"),
+        ("timm/vit_tiny_patch16_224", {"embed_dim": 32, "num_heads": 2, "mean": (0.5,)}, "mean"),
+        ("timm/vit_tiny_patch16_224", {"embed_dim": 32, "num_heads": 2, "std": (0.5, 0.5)}, "std"),
     ],
 )
 def test_impossible_options_are_named(name, options, word):

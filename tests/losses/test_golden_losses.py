@@ -1,0 +1,141 @@
+"""One step of the recipe gives the authors' losses and gradients (tests/golden), on one process and on several."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from proteus.data.sampler import Sampler
+from proteus.losses import Target
+from proteus.models import load_checkpoint
+from proteus.training.task import Distillation
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "proteus_losses.safetensors"
+LOSSES = {"token": 1.0, "patch": 1.0, "feature": 1.0}
+IMAGES, MASKED = 6, 3
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def networks(golden, tmp_path_factory):
+    """(student, teacher), with the golden weights and images as they enter the network."""
+    built = []
+    for part, heads in (("student", 2), ("teacher", 4)):
+        state = {key.removeprefix(part + "."): value for key, value in golden.items() if key.startswith(part + ".")}
+        path = tmp_path_factory.mktemp(part) / "weights.safetensors"
+        save_file(state, path)
+        built.append(load_checkpoint(str(path), num_heads=heads, mean=(0, 0, 0), std=(1, 1, 1)).train())
+    return built[0], built[1].freeze()
+
+
+def build_task(networks, golden, masked_per_process, losses=None):
+    task = Distillation(networks[0], losses or LOSSES, 48, masked_per_process=masked_per_process)
+    task.zero_grad()
+    heads = {key.removeprefix("heads."): value for key, value in golden.items() if key.startswith("heads.")}
+    task.heads.load_state_dict({key: value for key, value in heads.items() if key.split(".")[0] in task.heads})
+    return task
+
+
+@torch.no_grad()
+def target_of(teacher, images, mask):
+    return Target(teacher(images), mask)
+
+
+def assert_gradients(golden, gradients):
+    compared = 0
+    for key, expected in golden.items():
+        if not key.startswith("grad."):
+            continue
+        name = key.removeprefix("grad.").replace("student.", "student.vit.").replace("vit.mask_token", "mask_token")
+        found = gradients[name]
+        if name.endswith("attn.qkv.bias"):
+            # Softmax does not see the key bias: its gradient is zero but for rounding.
+            query, key_bias, value = found.chunk(3)
+            assert key_bias.abs().max() < 1e-7
+            found = torch.cat([query, value])
+            expected = torch.cat([expected.chunk(3)[0], expected.chunk(3)[2]])
+        assert expected.norm() > 0, name
+        assert (found - expected).norm() / expected.norm() < 1e-4, name
+        compared += 1
+    assert compared == len(gradients)
+
+
+def test_losses_and_gradients_agree(networks, golden):
+    task = build_task(networks, golden, MASKED)
+    target = target_of(networks[1], golden["image"], golden["mask"][:MASKED].bool())
+    losses = task(golden["image"], target)
+    assert losses.keys() == LOSSES.keys()
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(golden[f"loss.{name}"].item(), abs=1e-5)
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(golden["loss.total"].item(), abs=1e-5)
+    total.backward()
+    assert_gradients(golden, {name: parameter.grad for name, parameter in task.named_parameters()})
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6])
+def test_the_mean_over_processes_is_the_global_batch(networks, golden, processes):
+    # As in the loop: process r holds images r, r + W, ..., and of six processes three hold no masked image.
+    sampler = Sampler(1000, IMAGES // processes, processes, mask_probability=0.5)
+    assert sampler.masked == MASKED
+    task = build_task(networks, golden, sampler.masked / sampler.processes)
+    means = dict.fromkeys(LOSSES, 0.0)
+    held = 0
+    for rank in range(processes):
+        images, mask = golden["image"][rank::processes], golden["mask"][rank:MASKED:processes].bool()
+        assert len(mask) == sampler.masked_of(rank)
+        held += len(mask)
+        losses = task(images, target_of(networks[1], images, mask))
+        (sum(losses.values()) / processes).backward()  # summed up in .grad, as DDP averages
+        for name, value in losses.items():
+            means[name] += value.item() / processes
+    assert held == MASKED
+    for name, value in means.items():
+        assert value == pytest.approx(golden[f"loss.{name}"].item(), abs=1e-5)
+    assert_gradients(golden, {name: parameter.grad for name, parameter in task.named_parameters()})
+
+
+def test_weights_scale_their_loss(networks, golden):
+    weights = {"token": 0.5, "patch": 2.0, "feature": 3.0}
+    task = build_task(networks, golden, MASKED, weights)
+    target = target_of(networks[1], golden["image"], golden["mask"][:MASKED].bool())
+    for name, value in task(golden["image"], target).items():
+        assert value.item() == pytest.approx(weights[name] * golden[f"loss.{name}"].item(), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "heads"),
+    [
+        ({"token": 1.0}, {"token"}),
+        ({"feature": 1.0}, {"token", "feature"}),
+        ({"patch": 1.0}, {"patch"}),
+        (LOSSES, {"token", "patch", "feature"}),
+    ],
+    ids=str,
+)
+def test_a_subset_of_losses_keeps_its_numbers_and_builds_its_heads_only(networks, golden, losses, heads):
+    task = build_task(networks, golden, MASKED, losses)
+    assert set(task.heads) == heads
+    target = target_of(networks[1], golden["image"], golden["mask"][:MASKED].bool())
+    values = task(golden["image"], target)
+    assert values.keys() == losses.keys()
+    for name, value in values.items():
+        assert value.item() == pytest.approx(golden[f"loss.{name}"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("masked_per_process", [0.0, 1.5], ids=["nowhere", "on other processes"])
+def test_without_masked_images_the_patch_loss_is_zero_and_moves_nothing(networks, golden, masked_per_process):
+    task = build_task(networks, golden, masked_per_process)
+    losses = task(golden["image"], target_of(networks[1], golden["image"], torch.zeros(0, 64, dtype=torch.bool)))
+    assert losses["patch"].item() == 0
+    losses["patch"].backward(retain_graph=True)
+    gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+    assert all((gradient == 0).all() for gradient in gradients)  # not NaN
+    sum(losses.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in task.parameters() if parameter.grad is not None)
+    assert task.heads["token"].linear.weight.grad.abs().max() > 0

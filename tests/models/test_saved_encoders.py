@@ -1,0 +1,165 @@
+"""Our own weight files come back as they were, here and in plain timm."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from proteus.models import create_model, load_checkpoint
+from proteus.models.weights import save_encoder
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TINY = {"embed_dim": 32, "depth": 2, "num_heads": 4}
+PLAIN = "timm/vit_tiny_patch16_224"
+
+
+def golden(name, prefix):
+    """The tensors of a golden file under a prefix, which is taken off."""
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def randomise(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def tiny(name=PLAIN, image_size=64, **options):
+    encoder = create_model(name, image_size=image_size, **{**TINY, **options}).eval()
+    randomise(encoder)
+    return encoder
+
+
+def images(*size):
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same_network(a, b, *sizes):
+    own, other = a.vit.state_dict(), b.vit.state_dict()
+    assert own.keys() == other.keys()
+    for key, value in own.items():
+        assert torch.equal(value, other[key]), key
+    for size in sizes:
+        for one, two in zip(a.eval()(images(*size)), b.eval()(images(*size)), strict=True):
+            assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+ROUND_TRIPS = {
+    "class token": (PLAIN, 16, {}),
+    "widths and drop path": (PLAIN, 16, {"mlp_ratio": 3, "drop_path": 0.2, "init_values": 0.5}),
+    "norm epsilon": (PLAIN, 16, {"norm_eps": 1e-2}),
+    "another patch": (PLAIN, 8, {"patch_size": 8}),
+    "norm before the blocks": ("timm/vit_base_patch16_clip_224", 16, {}),
+    "attention pooling": ("timm/vit_base_patch16_siglip_224", 16, {}),
+    "average pooling": ("timm/vit_base_patch16_siglip_gap_224", 16, {}),
+    "registers": ("timm/vit_small_patch14_reg4_dinov2", 14, {}),
+    "timm's DINOv2": ("timm/vit_small_patch14_dinov2", 14, {}),
+}
+
+
+@pytest.mark.parametrize("normalise", [{}, {"mean": (0.1, 0.2, 1 / 3), "std": (0.7, 0.8, 2 / 3)}], ids=["own", "given"])
+@pytest.mark.parametrize(("name", "patch", "options"), ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, patch, options, normalise):
+    path = str(tmp_path / "student.safetensors")
+    encoder = tiny(name, 4 * patch, **options, **normalise)
+    save_encoder(encoder, path)
+    for loaded in (load_checkpoint(path), create_model(name, checkpoint=path, **{**TINY, **options})):
+        assert_same_network(loaded, encoder, (4 * patch, 4 * patch), (3 * patch, 5 * patch))
+        for fact in ("name", "arch", "mean", "std", "image_size", "num_heads", "patch_size", "native_grid", "position"):
+            assert getattr(loaded, fact) == getattr(encoder, fact), fact
+
+
+@pytest.mark.parametrize("size", [(32, 48), (32, 128)], ids=str)
+def test_a_network_of_a_wide_native_size_comes_back(tmp_path, size):
+    path = str(tmp_path / "student.safetensors")
+    encoder = tiny(image_size=size)  # 2 x 3 and 2 x 8 patches: as many as 4 x 4
+    save_encoder(encoder, path)
+    for loaded in (load_checkpoint(path), create_model(PLAIN, checkpoint=path, **TINY)):
+        assert loaded.native_grid == encoder.native_grid
+        assert_same_network(loaded, encoder, size, (64, 48))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("auto", {"mean": (0.1, 0.2, 0.3)}), ("dinov2", {"std": (1, 2, 3)}), ("timm", {}), ("timm", {"norm_eps": 1e-2})],
+    ids=str,
+)
+def test_a_network_without_a_name_comes_back(tmp_path, family, options):
+    torch.save(golden("proteus_losses", "student."), tmp_path / "original.pth")
+    encoder = load_checkpoint(str(tmp_path / "original.pth"), family, num_heads=2, **options)
+    save_encoder(encoder, tmp_path / "ours.safetensors")
+    loaded = load_checkpoint(str(tmp_path / "ours.safetensors"))
+    assert (loaded.mean, loaded.std, loaded.num_heads) == (encoder.mean, encoder.std, 2)
+    assert_same_network(loaded, encoder, (112, 112))
+    assert_same_network(loaded, encoder, (56, 84))  # where the position rule is seen
+
+
+def test_the_arguments_of_loading_win_over_the_files(tmp_path):
+    path = str(tmp_path / "student.safetensors")
+    save_encoder(tiny(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)), path)
+    for load in (load_checkpoint, partial(create_model, PLAIN, **TINY)):
+        source = {"checkpoint": path} if isinstance(load, partial) else {"path": path}
+        loaded = load(**source, mean=(0, 0, 0), image_size=96)
+        assert loaded.mean == (0, 0, 0)
+        assert loaded.std == (0.4, 0.5, 0.6)
+        assert loaded.image_size == 96
+        assert loaded.native_grid == (4, 4)
+
+
+@torch.no_grad()
+def test_plain_timm_takes_the_file(tmp_path):
+    encoder = tiny(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_encoder(encoder, tmp_path / "student.safetensors")
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64, **TINY).eval()
+    vit.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
+    with safe_open(tmp_path / "student.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["proteus"])
+    x = (images(64, 64) - torch.tensor(facts["mean"]).view(3, 1, 1)) / torch.tensor(facts["std"]).view(3, 1, 1)
+    tokens, features = vit.forward_features(x), encoder(images(64, 64))
+    torch.testing.assert_close(tokens[:, 0], features.cls)
+    torch.testing.assert_close(tokens[:, 1:], features.patch)
+
+
+@torch.no_grad()
+def test_plain_timm_takes_a_students_file(tmp_path):
+    student = create_model("proteus_vitt14", drop_path=0.1, image_size=56).eval()
+    save_encoder(student, tmp_path / "student.safetensors")
+    vit = VisionTransformer(
+        img_size=56,
+        patch_size=14,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        init_values=1.0,
+        num_classes=0,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    ).eval()
+    vit.load_state_dict(load_file(tmp_path / "student.safetensors"), strict=True)
+    x = images(56, 56)
+    normalised = (x - torch.tensor(student.mean).view(3, 1, 1)) / torch.tensor(student.std).view(3, 1, 1)
+    torch.testing.assert_close(vit.forward_features(normalised)[:, 0], student(x).cls)
+    loaded = load_checkpoint(str(tmp_path / "student.safetensors"))
+    assert (loaded.name, loaded.arch, loaded.image_size) == ("proteus_vitt14", {"drop_path": 0.1}, 56)
+    assert_same_network(loaded, student, (70, 28))
+
+
+def test_half_precision_on_disk(tmp_path):
+    encoder = tiny()
+    save_encoder(encoder, tmp_path / "half.safetensors", torch.float16)
+    stored = load_file(tmp_path / "half.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    loaded = load_checkpoint(str(tmp_path / "half.safetensors"))
+    for key, value in encoder.vit.state_dict().items():
+        assert torch.equal(loaded.vit.state_dict()[key], value.half().float()), key
+        assert loaded.vit.state_dict()[key].dtype == torch.float32
+    assert {value.dtype for value in encoder.vit.state_dict().values()} == {torch.float32}
