@@ -29,7 +29,7 @@ setup(
         "safetensors>=0.4.5",
         "scikit-learn>=1.4",
         "matplotlib>=3.8",
-        "rich>=13.0",
+        "tqdm>=4.66",
     ],
     extras_require={"dev": ["pytest>=8.0", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
 )

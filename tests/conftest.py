@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two threads that share a core with anyone else wait for each other
 
 
 def pytest_addoption(parser):

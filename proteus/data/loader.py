@@ -1,6 +1,6 @@
 """From draws to batches: decoding, augmenting, masking, and what happens to an image that cannot be read."""
 
-import signal
+import os
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
@@ -144,7 +144,6 @@ class _Run:
 
 
 def _start_worker(_: int) -> None:
-    # A signal to the whole group is the trainer's to answer, which wants its batches up to the checkpoint. A second
-    # SIGTERM comes from the trainer itself, where it cannot wait for a worker any longer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    # A signal to the trainer's process group, Ctrl-C among them, is the trainer's to answer: it wants its batches up to
+    # the checkpoint. So workers are a group of their own; they end with the trainer, which they watch.
+    os.setpgid(0, 0)

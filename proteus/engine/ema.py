@@ -16,4 +16,6 @@ def build_ema(module: nn.Module, decay: float | str | None, total_steps: int) ->
         return None
     if decay == "auto":
         decay = min(PAPER_DECAY, max(0.0, 1 - 10 / total_steps))
-    return ModelEmaV3(module, decay=float(decay))
+    ema = ModelEmaV3(module, decay=float(decay))
+    ema.module.requires_grad_(False)
+    return ema

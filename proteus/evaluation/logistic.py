@@ -46,5 +46,6 @@ def _fit(x: np.ndarray, y: np.ndarray, C: float) -> LogisticRegression:
 
 def _standardise(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, std = train.mean(axis=0), train.std(axis=0)
-    std = np.where(std > 0, std, 1.0)
-    return (train - mean) / std, (test - mean) / std
+    varies = np.ptp(train, axis=0) > 0  # the std of a constant is not always 0
+    scale = np.where(varies, 1 / np.where(varies, std, 1), 0)
+    return (train - mean) * scale, (test - mean) * scale

@@ -45,8 +45,11 @@ class Encoder(nn.Module):
         arch: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if not isinstance(vit, VisionTransformer) or not isinstance(vit.patch_embed, PatchEmbed):
-            raise InputError(f"{name} is a {type(vit).__name__}; an encoder is built on timm's plain VisionTransformer")
+        self._frozen = False
+        if type(vit) is not VisionTransformer or type(vit.patch_embed) is not PatchEmbed or not _is_plain(vit):
+            raise InputError(
+                f"{name} is no plain VisionTransformer of timm (it is a {type(vit).__name__}), which an encoder needs"
+            )
         self.vit = vit
         self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
         self.name, self.arch, self.position = name, arch or {}, position
@@ -57,7 +60,9 @@ class Encoder(nn.Module):
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.native_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.image_size = image_size or _square_or_pair([side * self.patch_size for side in self.native_grid])
-        self._resized: dict[tuple[int, int], tuple[int, Tensor]] = {}  # grid -> version of the weights, positions
+        self._resized: dict[
+            tuple[int, int], tuple[Tensor, int, Tensor]
+        ] = {}  # grid -> weights, their version, positions
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Features:
         """Features of B images. `mask` [B, N] bool: True patches are replaced by the mask token."""
@@ -82,10 +87,10 @@ class Encoder(nn.Module):
 
         norm: apply the final norm to each. `cls` is None where the network has no class token.
         """
-        wanted = range(self.num_blocks - layers, self.num_blocks) if isinstance(layers, int) else layers
-        indices = [layer + self.num_blocks if layer < 0 else layer for layer in wanted]
-        if not all(0 <= index < self.num_blocks for index in indices):
+        wanted = range(-layers, 0) if isinstance(layers, int) else layers
+        if not wanted or not all(-self.num_blocks <= layer < self.num_blocks for layer in wanted):
             raise ValueError(f"{self.name} has blocks 0 to {self.num_blocks - 1}; asked for {layers}")
+        indices = [layer % self.num_blocks for layer in wanted]
         x, grid = self._embed(images)
         x = self._assemble(x, grid)
         after = {}
@@ -114,8 +119,12 @@ class Encoder(nn.Module):
     def freeze(self) -> "Encoder":
         """No parameter takes a gradient, and `train()` no longer changes the mode: what a teacher is."""
         self.requires_grad_(False).eval()
-        self.train = lambda mode=True: self  # type: ignore[method-assign]
+        self._frozen = True
         return self
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As any module's, but a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self._frozen)
 
     def set_convention(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Replace the input convention: three values a piece, of RGB in [0, 1]."""
@@ -161,15 +170,15 @@ class Encoder(nn.Module):
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding [1, P + N, D] at a grid; zero for prefix tokens that have none."""
         vit, embedding = self.vit, self.vit.pos_embed
-        version, positions = self._resized.get(grid, (None, None))
-        if positions is not None and version == embedding._version:
-            return positions
+        cached = self._resized.get(grid)
+        if cached and not embedding.requires_grad and cached[0] is embedding and cached[1] == embedding._version:
+            return cached[2]
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         patch = resize_position_embedding(embedding[:, prefix:], self.native_grid, grid, self.position)
         without = embedding.new_zeros(1, vit.num_prefix_tokens - prefix, self.embed_dim)
         positions = torch.cat([without, embedding[:, :prefix], patch], dim=1)
-        if not embedding.requires_grad:  # frozen, or an average that is updated in place: then the version moves
-            self._resized[grid] = (embedding._version, positions)
+        if not embedding.requires_grad:
+            self._resized[grid] = (embedding, embedding._version, positions)
         return positions
 
     def _features(self, tokens: Tensor, grid: tuple[int, int], pool: bool = True) -> Features:
@@ -184,6 +193,10 @@ class Encoder(nn.Module):
         self._resized.clear()  # moved to another device or precision
         self.set_convention(self.mean, self.std)  # which stays float32: bfloat16 has 8 bits for a mean
         return self
+
+
+def _is_plain(vit: VisionTransformer) -> bool:
+    return all(hasattr(block, "attn") and hasattr(block.attn, "num_heads") for block in vit.blocks)
 
 
 def _square_or_pair(size: Sequence[int]) -> int | tuple[int, int]:

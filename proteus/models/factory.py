@@ -1,12 +1,13 @@
 """`create_model` by name and `load_checkpoint` by file: every network comes through here."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from proteus.errors import InputError
 from proteus.models import weights
-from proteus.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-from proteus.models.position import DINOV2, DINOV2_REGISTERS, TIMM
+from proteus.models.encoder import Encoder
+from proteus.models.position import DINOV2, DINOV2_REGISTERS, TIMM, PositionRule
 from proteus.models.zoo import ENTRIES, Entry, build, is_known
 
 Family = Literal["auto", "dinov2", "timm", "proteus"]
@@ -40,9 +41,9 @@ def create_model(
         return _convention(build(name, image_size, **arch), mean, std)
     state, metadata = weights.read_checkpoint(checkpoint)
     state = weights.to_timm_layout(state)
-    encoder = build(name, _native(state, checkpoint) or image_size, **arch)
-    weights.load_into(encoder, state, checkpoint)
     facts = weights.metadata_facts(metadata)
+    encoder = build(name, _native_size(state, facts, checkpoint) or image_size, **arch)
+    weights.load_into(encoder, state, checkpoint)
     encoder.image_size = image_size or _size(facts.get("image_size")) or encoder.image_size
     _convention(encoder, facts.get("mean"), facts.get("std"))
     return _convention(encoder, mean, std)
@@ -73,25 +74,26 @@ def load_checkpoint(
     if is_known(facts.get("name", "")) and num_heads is None and norm_eps is None:
         return create_model(facts["name"], checkpoint=path, image_size=image_size, mean=mean, std=std, **facts["arch"])
     state = weights.to_timm_layout(state)
-    entry = _infer(state, family, num_heads or facts.get("num_heads"), norm_eps, path)
+    entry = _infer(state, facts, family, num_heads or facts.get("num_heads"), path)
+    if norm_eps is not None:
+        entry = replace(entry, norm_eps=norm_eps)
     encoder = weights.load_into(entry.build(f"vit of {path}"), state, path)
     encoder.image_size = image_size or encoder.image_size
     _convention(encoder, facts.get("mean"), facts.get("std"))
     return _convention(encoder, mean, std)
 
 
-def _infer(state: weights.State, family: Family, num_heads: int | None, norm_eps: float | None, path: str) -> Entry:
-    """The entry a state in timm's layout belongs to, read off its shapes."""
+def _infer(state: weights.State, facts: dict[str, Any], family: Family, num_heads: int | None, path: str) -> Entry:
+    """The entry a state in timm's layout belongs to: what its file says, else what its shapes say."""
     needed = ("patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.weight")
     missing = [key for key in needed if key not in state]
-    if missing:
-        raise InputError(
-            f"{path} is not a vision transformer in DINOv2, timm or Proteus layout: {missing[0]} is missing"
-        )
+    if missing or state[needed[0]].ndim != 4:
+        what = f"{missing[0]} is missing" if missing else f"{needed[0]} is {list(state[needed[0]].shape)}"
+        raise InputError(f"{path} is not a vision transformer in DINOv2, timm or Proteus layout: {what}")
     width, _, _, patch_size = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    native = _native(state, path)
+    native = _native_size(state, facts, path)
     assert native is not None
     layer_scale = "blocks.0.ls1.gamma" in state
     if family == "auto":
@@ -105,7 +107,9 @@ def _infer(state: weights.State, family: Family, num_heads: int | None, norm_eps
                 f"{path}: the head count of a network {width} wide with {depth} blocks is not known; give num_heads"
             )
         (num_heads,) = known
-    dinov2_position = DINOV2_REGISTERS if registers else DINOV2
+    if num_heads < 1 or width % num_heads:
+        raise InputError(f"{path}: num_heads={num_heads} does not divide the width {width}")
+    family_position = TIMM if family == "timm" else DINOV2_REGISTERS if registers else DINOV2
     return Entry(
         width=width,
         depth=depth,
@@ -117,10 +121,8 @@ def _infer(state: weights.State, family: Family, num_heads: int | None, norm_eps
         registers=registers,
         embed_prefix=_prefix(state) > 0,
         layer_scale=1.0 if layer_scale else None,
-        norm_eps=norm_eps or 1e-6,
-        position=TIMM if family == "timm" else dinov2_position,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        norm_eps=facts.get("norm_eps") or 1e-6,
+        position=PositionRule(*facts["position"]) if "position" in facts else family_position,
     )
 
 
@@ -131,13 +133,19 @@ def _prefix(state: weights.State) -> int:
     return tokens if round((count - tokens) ** 0.5) ** 2 == count - tokens else 0
 
 
-def _native(state: weights.State, path: str) -> int | None:
+def _native_size(state: weights.State, facts: dict[str, Any], path: str) -> Size | None:
+    """Image size (pixels) at which a state's position embedding lives; a square grid where the file does not say."""
     if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
         return None
-    grid = state["pos_embed"].shape[1] - _prefix(state)
-    if round(grid**0.5) ** 2 != grid:
-        raise InputError(f"{path}: a position embedding for {grid} patches is not of a square grid")
-    return weights.native_size(state, _prefix(state))
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    if "native_grid" in facts:
+        height, width = facts["native_grid"]
+        return height * patch if height == width else (height * patch, width * patch)
+    patches = state["pos_embed"].shape[1] - _prefix(state)
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise InputError(f"{path}: a position embedding for {patches} patches is not of a square grid")
+    return side * patch
 
 
 def _convention(encoder: Encoder, mean: Sequence[float] | None, std: Sequence[float] | None) -> Encoder:

@@ -33,6 +33,8 @@ class TeacherHead(nn.Module):
                 f"teacher.head {path!r}: expected a tensor `weight` of shape [classes, {teacher_dim}] or "
                 f"[classes, {2 * teacher_dim}], found {list(weight.shape) if weight is not None else sorted(state)[:5]}"
             )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(f"teacher.head {path!r}: bias is {list(bias.shape)}, not {list(weight.shape[:1])}")
         self.with_patches = weight.shape[1] == 2 * teacher_dim
         self.num_classes = weight.shape[0]
         self.weight: Tensor

@@ -1,23 +1,26 @@
 """Checkpoint files: reading them, bringing their keys to timm's layout, fitting them strictly, writing our own."""
 
 import json
-import pickle
+import os
 import re
+import shutil
 import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from proteus.errors import InputError
 from proteus.models.encoder import Encoder
-from proteus.models.zoo import ENTRIES
+from proteus.models.zoo import ENTRIES, check_name
 
 State = dict[str, Tensor]
 
@@ -35,8 +38,10 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict[str, str]]:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"weights {str(path)!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # a reader of a broken file may raise anything
+        # Without torch's advice to read it unsafely, which is not ours to give.
+        reason = "" if "weights_only" in str(error) else f": {' '.join(str(error).split())[:200]}"
+        raise InputError(f"weights {str(path)!r} cannot be read as a state dict{reason}") from None
     for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
@@ -90,15 +95,6 @@ def load_into(encoder: Encoder, state: State, source: str) -> Encoder:
     return encoder
 
 
-def native_size(state: State, prefix_tokens: int) -> int | None:
-    """Image size (pixels) at which a state's position embedding lives, a square grid assumed; None without one."""
-    if "pos_embed" not in state:
-        return None
-    patch = state["patch_embed.proj.weight"].shape[-1]
-    side = round((state["pos_embed"].shape[1] - prefix_tokens) ** 0.5)
-    return side * patch
-
-
 def save_encoder(encoder: Encoder, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the backbone, and in the metadata what `create_model` and a reader need to know of it.
 
@@ -109,6 +105,8 @@ def save_encoder(encoder: Encoder, path: str | Path, dtype: torch.dtype | None =
         "name": encoder.name,
         "arch": encoder.arch,
         "image_size": encoder.image_size,
+        "native_grid": encoder.native_grid,
+        "position": encoder.position,
         "num_heads": encoder.num_heads,
         "mean": encoder.mean,
         "std": encoder.std,
@@ -127,6 +125,7 @@ def find_official(name: str, download: bool) -> Path:
 
     InputError says which file is missing, where it is looked for and what to do.
     """
+    check_name(name)
     if name.startswith("timm/"):
         return _find_on_hub(name, download)
     url = ENTRIES[name].url
@@ -138,13 +137,28 @@ def find_official(name: str, download: bool) -> Path:
     if not download:
         raise InputError(f"{name}: its weights are not at {path}; fetch {url}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=True)
+        _fetch(url, path)
     except (urllib.error.URLError, OSError) as error:
         raise InputError(
-            f"{name}: {url} cannot be fetched ({error}); fetch it elsewhere and give its path as checkpoint"
+            f"{name}: {url} cannot be fetched ({error}); get it elsewhere and give it as checkpoint"
         ) from None
     return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Download to a temporary name; rename when all of it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(url) as response, open(pending, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(file, "write", total=size, desc=path.name) as out:
+                shutil.copyfileobj(response, out)
+        if size and pending.stat().st_size != size:
+            raise OSError(f"the connection broke off after {pending.stat().st_size} of {size} bytes")
+        pending.replace(path)
+    finally:
+        pending.unlink(missing_ok=True)
 
 
 def _find_on_hub(name: str, download: bool) -> Path:
@@ -154,10 +168,16 @@ def _find_on_hub(name: str, download: bool) -> Path:
     architecture, _, tag = name.removeprefix("timm/").partition(".")
     repo = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else f"timm/{architecture}.{tag or cfg.tag}"
     file = cfg.hf_hub_filename or "model.safetensors"
+    # Not hf_hub_download(local_files_only=True), which still asks the hub who is calling.
+    cached = try_to_load_from_cache(repo, file, cache_dir=constants.HF_HUB_CACHE)
+    if isinstance(cached, str):
+        return Path(cached)
+    if not download:
+        raise InputError(f"{name}: {file} of {repo} is not in the hub's cache; fetch it")
     try:
-        return Path(hf_hub_download(repo, file, local_files_only=not download))
+        return Path(hf_hub_download(repo, file))
     except Exception as error:  # the hub's errors share no base class with those of its transport
-        ask = "cannot be fetched" if download else "is not in the hub's cache"
         raise InputError(
-            f"{name}: {file} of {repo} {ask} ({type(error).__name__}); fetch it and give its path as checkpoint"
+            f"{name}: {file} of {repo} cannot be fetched ({type(error).__name__}); "
+            "get it elsewhere and give it as checkpoint"
         ) from None

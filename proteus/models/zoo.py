@@ -29,7 +29,7 @@ class Entry:
     depth: int
     heads: int
     patch_size: int = 14
-    image_size: int = 518
+    image_size: int | tuple[int, int] = 518
     mlp_hidden: int | None = (
         None  # input width of the second linear layer times 1 (GELU) or 2 (SwiGLU); None: 4 x width
     )

@@ -49,6 +49,7 @@ def train(cfg: Config, resume: str = "auto") -> int:
         mask_probability=cfg.data.mask.probability if "patch" in cfg.active_losses else 0.0,
         seed=cfg.run.seed,
     )
+    start.check_masks(cfg, sampler)
     plan = Plan.of(cfg, sampler)
 
     torch.manual_seed(cfg.run.seed)

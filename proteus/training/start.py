@@ -60,6 +60,15 @@ def check_labels(cfg: Config, source: Source) -> None:
             )
 
 
+def check_masks(cfg: Config, sampler: Sampler) -> None:
+    """InputError where the patch loss would never see a masked image."""
+    if "patch" in cfg.active_losses and not sampler.masked:
+        raise InputError(
+            f"losses.patch: data.mask.probability={cfg.data.mask.probability} masks no image of a batch of "
+            f"{sampler.global_batch}; raise run.batch_size or the probability"
+        )
+
+
 def check_grids(cfg: Config, student: Encoder, teacher: Teacher | None) -> tuple[int, int]:
     """The student's patch grid; InputError where a patch does not divide the image or the teacher's grid differs."""
     size = cfg.data.image_size

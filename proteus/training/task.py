@@ -49,7 +49,7 @@ class Distillation(nn.Module):
         plain, masked = self.student.forward_pair(images, target.mask)
         projected = self.project(plain, masked)
         losses = {name: weight * LOSSES[name].function(projected, target) for name, weight in self.losses.items()}
-        if "patch" in losses:
+        if "patch" in losses and self.masked_per_process:
             losses["patch"] = losses["patch"] * (len(target.mask) / self.masked_per_process)
         return losses
 

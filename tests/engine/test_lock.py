@@ -4,14 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from proteus.engine.lock import RunLock
 from proteus.errors import InputError
 
-# Holds the lock; with `fork`, a child of it lives on. Prints what this test has to know, then waits to be killed.
+# Holds the lock; with `fork`, a child of it lives on; with `fork ended`, a child of it has come and gone.
+# Prints its pid and its child's, then waits to be killed.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
@@ -20,8 +20,12 @@ assert "torch" not in sys.modules, "the lock is taken before torch is loaded"
 lock = RunLock(Path(sys.argv[1]))
 child = os.fork() if "fork" in sys.argv else None
 if child == 0:
-    sys.stdin.read()
+    if "ended" not in sys.argv:
+        sys.stdin.read()
+    lock.release()
     os._exit(0)
+if "ended" in sys.argv:
+    os.waitpid(child, 0)
 print(os.getpid(), child, flush=True)
 sys.stdin.read()
 """
@@ -99,13 +103,7 @@ def test_the_lock_dies_with_its_holder_and_not_with_its_holders_children(tmp_pat
 
 
 def test_a_child_that_ends_does_not_free_its_parents_lock(tmp_path, holder):
-    process, child = holder("fork")
-    os.kill(child, signal.SIGKILL)
-    for _ in range(100):
-        with open(f"/proc/{child}/stat") as file:
-            if file.read().rsplit(")", 1)[1].split()[0] == "Z":
-                break
-        time.sleep(0.02)
+    process, _ = holder("fork", "ended")
     with pytest.raises(InputError, match=f"process {process.pid}:"):
         RunLock(tmp_path)
 
