@@ -370,7 +370,7 @@ def test_odd_images_are_read(tmp_path, name):
         assert pixels.shape[1:] == (3, SIZE, SIZE)
         wrong = ((pixels.int() - expected).abs() > tolerance).flatten(1).any(1)
         if name == "pixel" and pixels is trained.images:
-            wrong &= pixels.flatten(1).any(1)  # timm's crop of one pixel may round to none, which is black
+            wrong &= pixels.flatten(1).bool().any(1)  # timm's crop of one pixel may round to none, which is black
         assert not wrong.any()
     augmented = training_set(source).batch([Draw(0, 0, position, False) for position in range(30)])
     assert augmented.bad == []

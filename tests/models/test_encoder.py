@@ -87,7 +87,7 @@ def test_tokens_are_those_of_timm(name, options, size):
 
 
 def test_a_network_that_is_no_transformer_is_refused():
-    with pytest.raises(InputError, match="timm/resnet18 is no plain VisionTransformer .* ResNet"):
+    with pytest.raises(InputError, match=r"timm/resnet18 is no plain VisionTransformer .* ResNet"):
         create_model("timm/resnet18")
 
 
