@@ -1,27 +1,18 @@
 """Where images come from. A source is a numbered set of images; labels are optional and used by probes only."""
 
-import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from proteus import config
+from proteus.data.decode import decode
+from proteus.data.huggingface import HuggingFaceSource
 from proteus.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-
-
-def decode(file: Path | str | io.BytesIO) -> Image.Image:
-    """An image file as RGB; raises whatever the decoder raises where it is broken."""
-    with Image.open(file) as image:
-        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255, not scale
-            return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-        return image.convert("RGB")
 
 
 class Source(Protocol):
@@ -67,38 +58,6 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
-
-
-class HuggingFaceSource:
-    """A dataset of Hugging Face `datasets`: its image column, and its class label where there is one."""
-
-    def __init__(self, root: str, split: str | None, use_labels: bool, download: bool):
-        import datasets  # slow to import and needed by few
-
-        data = _load_dataset(root, split, download)
-        images = [key for key, feature in data.features.items() if isinstance(feature, datasets.Image)]
-        if len(images) != 1:
-            found = images or "none"
-            raise InputError(f"data.root={root}: expected one image column, found {found} among {list(data.features)}")
-        labels = [key for key, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
-        if not labels and "label" in data.features:
-            labels = ["label"]
-        self.labels = _class_numbers(data, labels[0]) if use_labels and len(labels) == 1 else None
-        self._data = data.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
-        self._column, self._root = images[0], root
-        if not len(self._data):
-            raise InputError(f"data.root={root}: split {split or 'train'!r} is empty")
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def load(self, index: int) -> Image.Image:
-        row = self._data[int(index)][self._column]
-        return decode(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"])
-
-    def name(self, index: int) -> str:
-        row = self._data[int(index)][self._column] or {}
-        return f"{self._root}[{index}]" + (f" ({row['path']})" if row.get("path") else "")
 
 
 class DigitsSource:
@@ -292,62 +251,3 @@ def _walk(root: Path) -> list[str]:
         prefix = "" if relative == "." else relative + "/"
         found += [prefix + name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return sorted(found)
-
-
-def _class_numbers(data: Any, column: str) -> np.ndarray | None:
-    """A column of class numbers, or of names that are numbered here, as [n] int64; None where it is neither."""
-    import pyarrow
-
-    values = data.select_columns([column]).with_format("arrow")[:][column]
-    if values.null_count:
-        return None
-    if pyarrow.types.is_integer(values.type):
-        return values.to_numpy().astype(np.int64)
-    if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
-        return np.unique(np.array(values.to_pylist()), return_inverse=True)[1].astype(np.int64)
-    return None
-
-
-def _load_dataset(root: str, split: str | None, download: bool) -> Any:
-    import datasets
-
-    local = Path(root).expanduser()
-    try:
-        with _network(download and not local.exists()):
-            if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
-                return _split_on_disk(datasets.load_from_disk(str(local)), split)
-            if local.is_file():
-                kind = {".parquet": "parquet", ".arrow": "arrow"}.get(local.suffix)
-                if kind is None:
-                    raise InputError(f"data.root={root}: expected a .parquet or .arrow file, or a folder")
-                return datasets.load_dataset(kind, data_files={split or "train": str(local)}, split=split or "train")
-            return datasets.load_dataset(str(local) if local.is_dir() else root, split=split or "train")
-    except InputError:
-        raise
-    except Exception as error:  # the hub, the cache and every builder have errors of their own
-        hint = "" if local.exists() or download else "; data.download=true may fetch it from the hub"
-        message = " ".join(str(error).split())[:300]
-        raise InputError(f"data.root={root}, split {split or 'train'!r}: {message}{hint}") from None
-
-
-def _split_on_disk(loaded: Any, split: str | None) -> Any:
-    if isinstance(loaded, dict):
-        if (split or "train") not in loaded:
-            raise ValueError(f"there are splits {', '.join(loaded)}")
-        return loaded[split or "train"]
-    if split and loaded.split and str(loaded.split) != split:
-        raise ValueError(f"there is split {loaded.split}")
-    return loaded
-
-
-@contextmanager
-def _network(allowed: bool) -> Iterator[None]:
-    """Whether `datasets` may talk to the hub. It never counts our loads there."""
-    from datasets import config as settings
-
-    before = settings.HF_HUB_OFFLINE, settings.HF_UPDATE_DOWNLOAD_COUNTS
-    settings.HF_HUB_OFFLINE, settings.HF_UPDATE_DOWNLOAD_COUNTS = before[0] or not allowed, False
-    try:
-        yield
-    finally:
-        settings.HF_HUB_OFFLINE, settings.HF_UPDATE_DOWNLOAD_COUNTS = before
