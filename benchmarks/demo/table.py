@@ -19,7 +19,7 @@ from proteus.evaluation.knn import knn_accuracy
 from proteus.evaluation.logistic import linear_probe
 from proteus.models import Encoder, create_model, load_checkpoint
 
-SWEEP = np.logspace(-2, 4, 7)  # weight decays: a coarse grid, for four networks in seconds
+SWEEP = np.logspace(-1, 4, 6)  # weight decays: a coarse grid, for four networks in seconds
 
 
 class Score(NamedTuple):

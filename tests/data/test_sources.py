@@ -164,6 +164,17 @@ def test_a_link_back_to_a_parent_adds_nothing(tmp_path):
     assert source.labels.tolist() == [0, 1]
 
 
+def test_links_in_a_circle_end(tmp_path):
+    """Two folders that link to one another: a path never comes back to a folder it has been in."""
+    put(tmp_path / "a/1.png")
+    put(tmp_path / "b/2.png")
+    (tmp_path / "a/next").symlink_to(tmp_path / "b")
+    (tmp_path / "b/next").symlink_to(tmp_path / "a")
+    found = names(FolderSource(tmp_path))
+    assert {"a/1.png", "b/2.png"} <= set(found)
+    assert set(found) <= {"a/1.png", "a/next/2.png", "b/2.png", "b/next/1.png"}
+
+
 def test_order_does_not_depend_on_the_file_system(tmp_path):
     order = np.random.default_rng(0).permutation(30)
     for turn, root in ((order, "one"), (order[::-1], "two")):
@@ -419,6 +430,17 @@ def test_hf_split_that_does_not_exist(tmp_path, offline, form):
     assert str(root) in line
     assert "'holdout'" in line
     assert "train" in line  # what there is instead
+
+
+def test_hf_splits_without_train_ask_for_one(tmp_path, offline):
+    import datasets
+
+    datasets.DatasetDict({"dev": table(), "test": table(2)}).save_to_disk(str(tmp_path / "set"))
+    line = told("hf", tmp_path / "set")
+    assert "'train'" in line
+    assert "dev" in line
+    assert "test" in line
+    check_table(open_source("hf", tmp_path / "set", split="dev"))
 
 
 def test_hf_columns_that_cannot_be_used(tmp_path, offline):
