@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class TrainingSet(Dataset):
 
     def __init__(self, source: Source, transform: TrainTransform, seed: int, patches: int, mask_ratio: float):
         self.source, self.transform, self.seed = source, transform, seed
-        self.patches, self.masked_patches = patches, int(patches * mask_ratio)
+        self.patches, self.masked_patches = patches, int(patches * mask_ratio + 1e-9)
 
     def __getitems__(self, draws: list[Draw]) -> "Batch | UnreadableError":
         try:
@@ -100,7 +100,7 @@ def training_batches(
         dataset,
         batch_sampler=_Run(sampler, start, stop, rank),
         num_workers=workers,
-        collate_fn=lambda batch: batch,
+        collate_fn=as_is,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # its own: the loader's start must not draw from the one that the step has seeded
@@ -109,6 +109,11 @@ def training_batches(
         if isinstance(batch, UnreadableError):
             raise batch
         yield batch
+
+
+def as_is(batch: Any) -> Any:
+    """A collate function for what needs no collating; by name, so that it reaches workers however they start."""
+    return batch
 
 
 class PlainSet(Dataset):

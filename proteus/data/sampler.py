@@ -56,7 +56,7 @@ class Sampler:
     @property
     def masked(self) -> int:
         """Masked images of a global micro-batch."""
-        return int(self.global_batch * self.mask_probability)
+        return int(self.global_batch * self.mask_probability + 1e-9)  # 100 * 0.29 is 29
 
     def masked_of(self, rank: int) -> int:
         """Masked images of a micro-batch on one process."""

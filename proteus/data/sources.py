@@ -40,7 +40,10 @@ class FolderSource:
     def __init__(self, root: Path, use_labels: bool = True):
         self.root = root
         # Paths as one array of bytes: a list of a million strings would be copied into every worker, page by page.
-        self._paths = np.array([os.fsencode(path) for path in _walk(root)])
+        try:
+            self._paths = np.array([os.fsencode(path) for path in _walk(root)])
+        except OSError as error:
+            raise InputError(f"data: {error.filename} cannot be read: {error.strerror}") from None
         if not len(self._paths):
             raise InputError(f"data: no images under {root} (looked for {' '.join(EXTENSIONS)})")
         self.labels = None
@@ -238,16 +241,20 @@ def _root(cfg: config.Source) -> str:
 
 
 def _walk(root: Path) -> list[str]:
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        inside = os.path.realpath(folder) + os.sep
-        subfolders[:] = [
-            name
-            for name in sorted(subfolders)
-            # A link to a folder above would lead round in a circle.
-            if not name.startswith(".") and not inside.startswith(os.path.realpath(os.path.join(folder, name)) + os.sep)
-        ]
-        relative = os.path.relpath(folder, root)
-        prefix = "" if relative == "." else relative + "/"
-        found += [prefix + name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    """Paths of all images under a folder, links followed, sorted."""
+    found: list[str] = []
+    # (path below root, real paths of the folders above): a link back to one of those would lead round in a circle.
+    folders: list[tuple[str, tuple[str, ...]]] = [("", ())]
+    while folders:
+        prefix, above = folders.pop()
+        real = os.path.realpath(root / prefix)
+        if real in above:
+            continue
+        for entry in os.scandir(root / prefix):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append((f"{prefix}{entry.name}/", (*above, real)))
+            elif entry.name.lower().endswith(EXTENSIONS):
+                found.append(prefix + entry.name)
     return sorted(found)

@@ -51,7 +51,9 @@ class TrainTransform:
             }
             try:
                 steps.append(_rand_augment(cfg.auto_augment, hparams))
-            except (AssertionError, ValueError, TypeError) as error:
+                with seeded(0):
+                    steps[-1](Image.new("RGB", (size, size)))  # some names fail on their first image only
+            except Exception as error:  # timm checks a name by stumbling over it
                 raise InputError(
                     f"data.augment.auto_augment={cfg.auto_augment!r} is no RandAugment name of timm: {error}"
                 ) from None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from proteus.config import Share
-from proteus.data.loader import PlainSet
+from proteus.data.loader import PlainSet, as_is
 from proteus.data.sources import Source
 from proteus.data.transforms import EvalTransform
 from proteus.models.features import Features
@@ -25,7 +25,7 @@ class PlainImages(NamedTuple):
 def load_images(source: Source, size: int, crop: Share, workers: int = 0) -> PlainImages:
     """A source under the plain view (`EvalTransform`), all in memory; what cannot be read is left out."""
     loader = DataLoader(
-        PlainSet(source, EvalTransform(size, crop)), batch_size=64, num_workers=workers, collate_fn=lambda batch: batch
+        PlainSet(source, EvalTransform(size, crop)), batch_size=64, num_workers=workers, collate_fn=as_is
     )
     images = [image for batch in loader for image in batch]
     readable = np.array([image is not None for image in images], dtype=bool)
