@@ -1,14 +1,16 @@
 """Package metadata. The build system and the tools' settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("proteus").joinpath("__init__.py").read_text())[1]
 XFORMERS = "xformers>=0.0.34; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 setup(
     name="proteus-distill",
-    version="0.1.0",
+    version=VERSION,
     description="Distil vision foundation models into small ones with unlabelled images alone.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

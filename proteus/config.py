@@ -167,7 +167,8 @@ class Run(Section):
     log_every: Positive = 50  # steps
     save_every: Positive = 1000  # steps
     keep: Positive = 3  # checkpoints
-    max_nonfinite: Annotated[int, Field(ge=0)] = 100  # steps that may be skipped before the run stops
+    max_nonfinite: Annotated[int, Field(ge=0)] = 100  # skipped steps among the last 1,000 at which the run stops
+    deterministic: bool = False  # bit-identical runs on a GPU too, for some speed
 
 
 class Config(Section):

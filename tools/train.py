@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         check_inputs(cfg, args.resume)
         signum = train(cfg, args.resume)
     except (InputError, RunError) as error:
-        # Every process comes to the same error, and one of them says it; what only one has met, that one says.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, UnreadableError):
+        # All processes come to the same error, and one a machine says it; what only one has met, that one says.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 128 + signum if signum else 0

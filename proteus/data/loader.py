@@ -46,7 +46,7 @@ class TrainingSet(Dataset):
 
     def __init__(self, source: Source, transform: TrainTransform, seed: int, patches: int, mask_ratio: float):
         self.source, self.transform, self.seed = source, transform, seed
-        self.patches, self.masked_patches = patches, int(patches * mask_ratio + 1e-9)
+        self.patches, self.masked_patches = patches, count_masked(patches, mask_ratio)
 
     def __getitems__(self, draws: list[Draw]) -> "Batch | UnreadableError":
         try:
@@ -90,6 +90,11 @@ class TrainingSet(Dataset):
         raise UnreadableError(
             f"data: {len(bad)} images in a row cannot be read, from {self.source.name(index)} on; see to the storage"
         )
+
+
+def count_masked(patches: int, ratio: float) -> int:
+    """Masked patches of a masked image: floor(N * ratio), where 100 * 0.29 is 29."""
+    return int(patches * ratio + 1e-9)
 
 
 def training_batches(

@@ -58,10 +58,6 @@ class Sampler:
         """Masked images of a global micro-batch."""
         return int(self.global_batch * self.mask_probability + 1e-9)  # 100 * 0.29 is 29
 
-    def masked_of(self, rank: int) -> int:
-        """Masked images of a micro-batch on one process."""
-        return len(range(rank, self.masked, self.processes))
-
     def micro_batch(self, step: int, a: int, rank: int) -> list[Draw]:
         """What process `rank` sees in micro-batch `a` of update `step`, counted from the start of the run."""
         epoch, step = divmod(step, self.steps_per_epoch)

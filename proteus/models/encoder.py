@@ -60,16 +60,15 @@ class Encoder(nn.Module):
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.native_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.image_size = image_size or _square_or_pair([side * self.patch_size for side in self.native_grid])
-        self._resized: dict[
-            tuple[int, int], tuple[Tensor, int, Tensor]
-        ] = {}  # grid -> weights, their version, positions
+        # grid -> the weights it was resized from, their version, the positions
+        self._resized: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Features:
         """Features of B images. `mask` [B, N] bool: True patches are replaced by the mask token."""
         x, grid = self._embed(images)  # [B, N, D]
         if mask is not None:
             x = self._masked(x, mask)
-        return self._features(self.vit.norm(self._blocks(x, grid)), grid)
+        return self._features(self._blocks(x, grid), grid)
 
     def forward_pair(self, images: Tensor, mask: Tensor) -> tuple[Features, Features]:
         """Features of all B images plain, and of the first M masked by `mask` [M, N], in one pass.
@@ -78,7 +77,7 @@ class Encoder(nn.Module):
         """
         x, grid = self._embed(images)  # [B, N, D]
         masked = self._masked(x[: len(mask)], mask)  # [M, N, D]
-        tokens = self.vit.norm(self._blocks(torch.cat([x, masked]), grid))  # [B + M, P + N, D]
+        tokens = self._blocks(torch.cat([x, masked]), grid)  # [B + M, P + N, D]
         plain, masked = tokens.split([len(x), len(mask)])
         return self._features(plain, grid), self._features(masked, grid)
 
@@ -97,7 +96,7 @@ class Encoder(nn.Module):
         for index, block in enumerate(self.vit.blocks[: max(indices) + 1]):
             x = block(x)
             if index in indices:
-                after[index] = self._features(self.vit.norm(x) if norm else x, grid, pool=False)
+                after[index] = self._features(x, grid, norm=norm, pool=False)
         return [after[index] for index in indices]
 
     def param_groups(self, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -181,12 +180,18 @@ class Encoder(nn.Module):
             self._resized[grid] = (embedding, embedding._version, positions)
         return positions
 
-    def _features(self, tokens: Tensor, grid: tuple[int, int], pool: bool = True) -> Features:
-        patch = tokens[:, self.vit.num_prefix_tokens :]
-        if self.vit.has_class_token:
-            return Features(tokens[:, 0], patch, grid)
+    def _features(self, tokens: Tensor, grid: tuple[int, int], norm: bool = True, pool: bool = True) -> Features:
+        """The blocks' output [B, P + N, D] as Features."""
+        vit = self.vit
+        # Networks pooled by averaging keep their final norm for after the pool; tokens get it one by one.
+        final_norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+        normed = final_norm(tokens) if norm else tokens
+        patch = normed[:, vit.num_prefix_tokens :]
+        if vit.has_class_token:
+            return Features(normed[:, 0], patch, grid)
         # Without a class token timm's own pooling (attention or average) stands in.
-        return Features(self.vit.forward_head(tokens, pre_logits=True) if pool else None, patch, grid)  # type: ignore
+        pooled = vit.forward_head(vit.norm(tokens), pre_logits=True) if pool else None
+        return Features(pooled, patch, grid)  # type: ignore[arg-type]
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)

@@ -1,11 +1,11 @@
 """Checkpoint files: reading them, bringing their keys to timm's layout, fitting them strictly, writing our own."""
 
 import json
-import os
 import re
 import shutil
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def to_timm_layout(state: State) -> State:
     for prefix in PREFIXES:
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            break
     out = {}
     for key, value in state.items():
         key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)  # DINOv2 saves blocks in chunks for FSDP
@@ -148,7 +149,7 @@ def find_official(name: str, download: bool) -> Path:
 def _fetch(url: str, path: Path) -> None:
     """Download to a temporary name; rename when all of it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pending = path.with_name(f"{path.name}.{os.getpid()}.part")
+    pending = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with urllib.request.urlopen(url) as response, open(pending, "wb") as file:
             size = int(response.headers.get("Content-Length") or 0)

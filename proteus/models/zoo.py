@@ -30,9 +30,8 @@ class Entry:
     heads: int
     patch_size: int = 14
     image_size: int | tuple[int, int] = 518
-    mlp_hidden: int | None = (
-        None  # input width of the second linear layer times 1 (GELU) or 2 (SwiGLU); None: 4 x width
-    )
+    # Output width of the MLP's first layer, which SwiGLU halves; None: 4 x width.
+    mlp_hidden: int | None = None
     swiglu: bool = False
     registers: int = 0
     embed_prefix: bool = True  # class token and registers have a position embedding of their own
@@ -42,7 +41,6 @@ class Entry:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     url: str | None = None
-    licence: str = "Apache-2.0"
 
     def build(self, name: str, image_size: int | tuple[int, int] | None = None, drop_path: float = 0.0) -> Encoder:
         """The network with random weights; `image_size` replaces the native one."""

@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from proteus.engine.atomic import write_file
+
 
 class Board:
     """Collects what the steps of an interval produced, on the device, and shows it at the interval's end.
@@ -23,16 +25,19 @@ class Board:
     `show` is the only place of the loop that waits for the device.
     """
 
-    def __init__(self, accelerator: Accelerator, directory: Path, total_steps: int, images_per_step: int):
+    def __init__(
+        self, accelerator: Accelerator, directory: Path, done_steps: int, total_steps: int, images_per_step: int
+    ):
         self._accelerator, self._directory = accelerator, directory
         self._total, self._images_per_step = total_steps, images_per_step
         self._main = accelerator.is_main_process
         self._live = self._main and sys.stderr.isatty()
         self._names: list[str] = []
+        if self._main:
+            _cut_log(directory / "log.jsonl", done_steps)
         self._log = open(directory / "log.jsonl", "a") if self._main else None  # noqa: SIM115
-        if self._log and self._log.tell() and (directory / "log.jsonl").read_bytes()[-1:] != b"\n":
-            self._log.write("\n")  # a killed run may have left half a row
-        accelerator.init_trackers("tensorboard")
+        purge = {"purge_step": done_steps + 1} if done_steps else {}
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -123,6 +128,14 @@ class Board:
             print("\r\x1b[K" + text[: width - 1], end="", file=sys.stderr, flush=True)
         else:
             self.say(text)
+
+
+def _cut_log(path: Path, done_steps: int) -> None:
+    """Leave out what a killed run logged after its last checkpoint, half a row perhaps: those steps come again."""
+    if path.is_file():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= done_steps)
+        write_file(path, lambda pending: pending.write_text(kept))
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -49,7 +49,6 @@ def train(cfg: Config, resume: str = "auto") -> int:
         mask_probability=cfg.data.mask.probability if "patch" in cfg.active_losses else 0.0,
         seed=cfg.run.seed,
     )
-    start.check_masks(cfg, sampler)
     plan = Plan.of(cfg, sampler)
 
     torch.manual_seed(cfg.run.seed)
@@ -57,6 +56,7 @@ def train(cfg: Config, resume: str = "auto") -> int:
     teacher = build_teacher(cfg.teacher, size, accelerator) if cfg.teacher else None
     student = create_model(cfg.student.name, checkpoint=cfg.student.checkpoint, image_size=size, **cfg.student.arch)
     grid = start.check_grids(cfg, student, teacher)
+    start.check_masks(cfg, sampler, grid[0] * grid[1])
     task = Distillation(
         student,
         cfg.active_losses,
@@ -68,11 +68,14 @@ def train(cfg: Config, resume: str = "auto") -> int:
     base_rate = scaled_rate(cfg.optimizer.lr, cfg.optimizer.lr_batch, sampler.images_per_step)
     model, optimizer = accelerator.prepare(task, build_optimizer(task, cfg.optimizer))
     if cfg.student.compile:
+        # Blocks that differ in a constant (drop path) are compiled one by one, in training and in evaluation mode.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * student.num_blocks)
         for block in student.vit.blocks:
             block.compile()
 
     checkpoints = Checkpoints(directory, cfg.run.keep, task, optimizer, ema, accelerator)
-    progress, notes = start.resume_run(checkpoints, directory, resume, accelerator)
+    begin = Progress(images=len(source), images_per_step=sampler.images_per_step)
+    progress, notes = start.resume_run(checkpoints, begin, resume, accelerator)
     notes += start.write_config(cfg, directory, accelerator, progress)
     dataset = TrainingSet(
         source, TrainTransform(size, cfg.data.augment), cfg.run.seed, grid[0] * grid[1], cfg.data.mask.ratio
@@ -82,7 +85,7 @@ def train(cfg: Config, resume: str = "auto") -> int:
 
     with (
         contextlib.closing(batches),
-        Board(accelerator, directory, plan.total_steps, sampler.images_per_step) as board,
+        Board(accelerator, directory, progress.step, plan.total_steps, sampler.images_per_step) as board,
         Stop(accelerator) as stop,
     ):
         for line in [*start.summarise(cfg, plan, student, teacher, source, sampler, base_rate, accelerator), *notes]:
@@ -117,10 +120,10 @@ def train(cfg: Config, resume: str = "auto") -> int:
             board.add(losses, norm, skipped)
             progress.step = step
 
-            stopping = stop.agreed(plan.logs(step))
+            stopping = stop.agreed()
             if plan.logs(step) or stopping:  # the only place that waits for the device
                 _gather_bad(seen_bad, progress, source, directory, accelerator)
-                progress.nonfinite += board.show(step, rate, len(progress.bad_images))
+                progress.skipped_steps += board.show(step, rate, len(progress.bad_images))
                 _check_health(cfg, progress, source)
             if (plan.saves(step) or stopping) and accelerator.is_main_process:
                 checkpoints.save(progress)
@@ -133,12 +136,12 @@ def train(cfg: Config, resume: str = "auto") -> int:
                 accelerator.wait_for_everyone()
                 board.restart_clock()
 
-        done = progress.step == plan.total_steps
+        done = progress.step >= plan.total_steps
         if done and accelerator.is_main_process:
             write_file(directory / "student.safetensors", lambda path: save_encoder(student, path))
             if ema is not None:
                 write_file(directory / "student_ema.safetensors", lambda path: save_encoder(ema.module, path))
-            board.say(f"done: {directory / 'student.safetensors'} after {plan.total_steps} steps")
+            board.say(f"done: {directory / 'student.safetensors'} after {progress.step} steps")
     if lock is not None:
         lock.release()
     return 0 if done else stop.signum
@@ -177,11 +180,13 @@ def _check_health(cfg: Config, progress: Progress, source: Source) -> None:
             f"{bad} of {len(source)} images cannot be read, more than data.max_bad_share={cfg.data.max_bad_share}; "
             f"they are named in {cfg.run.dir}/skipped_images.txt"
         )
-    if len(progress.nonfinite) > cfg.run.max_nonfinite:
-        steps = ", ".join(map(str, progress.nonfinite[-10:]))
+    # Of late only: fp16 tries a larger loss scale every 2,000 steps, and skips a step to find it too large.
+    progress.skipped_steps = [step for step in progress.skipped_steps if step > progress.step - 1000]
+    if len(progress.skipped_steps) > cfg.run.max_nonfinite:
+        steps = ", ".join(map(str, progress.skipped_steps[-10:]))
         raise RunError(
-            f"{len(progress.nonfinite)} steps had a loss or gradient that was not finite, more than run.max_nonfinite="
-            f"{cfg.run.max_nonfinite}; the last were steps {steps}; the last checkpoint stands. "
+            f"{len(progress.skipped_steps)} steps of the last 1,000 had a gradient that was not finite, more than "
+            f"run.max_nonfinite={cfg.run.max_nonfinite}; the last were steps {steps}; the last checkpoint stands. "
             "Lower optimizer.lr, set optimizer.clip_grad, or use run.precision=bf16"
         )
 

@@ -1,10 +1,10 @@
 """Everything that is wrong with a run's inputs, at once, before anything is built or read."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from proteus.config import Config
 from proteus.data.sources import check_roots
@@ -37,6 +37,8 @@ def check_inputs(cfg: Config, resume: str) -> None:
 def _check_teacher(cfg: Config) -> None:
     if cfg.teacher:
         check_name(cfg.teacher.name)
+        if cfg.teacher.download:
+            return  # in its time, by one process a machine
         try:
             find_weights(cfg.teacher)
         except InputError as error:
@@ -59,6 +61,6 @@ def _check_files(cfg: Config, resume: str) -> None:
 
 
 def _check_precision(cfg: Config) -> None:
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if cfg.run.precision == "fp16" and on_cpu:
         raise InputError("run.precision=fp16 needs a GPU, and there is none here: use bf16 or no")

@@ -57,9 +57,8 @@ class Probe:
             self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), size, crop, workers)
         self._teacher_knn: float | None = None
         self.pictures = min(cfg.probe.pictures, len(self._held_out.images))
-        spread = torch.linspace(
-            0, len(self._held_out.images) - 1, self.pictures
-        ).long()  # a sorted set starts with one class
+        # Spread over the set: a sorted one starts with many images of one class.
+        spread = torch.linspace(0, len(self._held_out.images) - 1, self.pictures).long()
         self._drawn = self._held_out.images[spread]
 
     def measure(self) -> dict[str, float]:
@@ -87,13 +86,12 @@ class Probe:
         return components_picture(self._drawn, teacher and _to_cpu(teacher), _to_cpu(student), shared, path)
 
     def _similarity(self) -> dict[str, float]:
-        if self._teacher is None or "token" not in self._task.heads:
-            return {}
-        sums: dict[str, float] = {"cosine_cls": 0.0}
-        for images in self._held_out.images.split(64):
+        sums: dict[str, float] = {}
+        for images in self._held_out.images.split(64) if self._teacher else ():
             pixels = images.to(self._device)
-            student, teacher = self._task.teacher_space(pixels), self._teacher(pixels)
-            sums["cosine_cls"] += _cosine(student.cls, teacher.cls).sum().item()
+            student, teacher = self._task.teacher_space(pixels), self._teacher(pixels)  # type: ignore[misc]
+            if "token" in self._task.heads:
+                sums["cosine_cls"] = sums.get("cosine_cls", 0.0) + _cosine(student.cls, teacher.cls).sum().item()
             if self._task.reaches_patches:
                 cosine = _cosine(student.patch, teacher.patch).mean(dim=1).sum().item()
                 sums["cosine_patch"] = sums.get("cosine_patch", 0.0) + cosine

@@ -4,11 +4,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 
 from proteus.config import Config, dump_config
+from proteus.data.loader import count_masked
 from proteus.data.sampler import Sampler
 from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
@@ -27,12 +35,20 @@ def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
     # changes its last bits, so a resumed run would differ; searching for unused parameters keeps the first order.
     fixed_buckets = int(os.environ.get("WORLD_SIZE", 1)) > 2
     ddp = DistributedDataParallelKwargs(find_unused_parameters=fixed_buckets, broadcast_buffers=False)
-    return Accelerator(
+    if cfg.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
         mixed_precision=cfg.run.precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory)),
         kwargs_handlers=[ddp],
     )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise InputError(
+            f"accelerate is set to {accelerator.distributed_type.value}; a run is plain or data-parallel (DDP)"
+        )
+    return accelerator
 
 
 def take_lock(directory: Path) -> RunLock:
@@ -60,12 +76,13 @@ def check_labels(cfg: Config, source: Source) -> None:
             )
 
 
-def check_masks(cfg: Config, sampler: Sampler) -> None:
-    """InputError where the patch loss would never see a masked image."""
-    if "patch" in cfg.active_losses and not sampler.masked:
+def check_masks(cfg: Config, sampler: Sampler, patches: int) -> None:
+    """InputError where the patch loss would never see a masked patch."""
+    mask = cfg.data.mask
+    if "patch" in cfg.active_losses and not (sampler.masked and count_masked(patches, mask.ratio)):
         raise InputError(
-            f"losses.patch: data.mask.probability={cfg.data.mask.probability} masks no image of a batch of "
-            f"{sampler.global_batch}; raise run.batch_size or the probability"
+            f"losses.patch: data.mask.probability={mask.probability} and ratio={mask.ratio} mask {sampler.masked} of "
+            f"{sampler.global_batch} images and {count_masked(patches, mask.ratio)} of {patches} patches; raise them"
         )
 
 
@@ -86,26 +103,45 @@ def check_grids(cfg: Config, student: Encoder, teacher: Teacher | None) -> tuple
 
 
 def resume_run(
-    checkpoints: Checkpoints, directory: Path, resume: str, accelerator: Accelerator
+    checkpoints: Checkpoints, begin: Progress, resume: str, accelerator: Accelerator
 ) -> tuple[Progress, list[str]]:
-    """Where the run starts, and what is worth telling about it."""
-    notes = []
-    found = list_checkpoints(checkpoints.folder)
+    """Where the run starts, and what is worth telling about it. The main process decides which checkpoint it is."""
+    folder, notes = None, []
     if accelerator.is_main_process:
-        half = checkpoints.half_written()
-        notes += [f"warning: {name} in {checkpoints.folder} was half-written and is left out" for name in half]
-    if resume == "never" and found:
-        raise InputError(
-            f"{directory} holds a run at {found[-1].name}: give another run.dir, or leave --resume at auto to go on"
-        )
-    if resume not in ("auto", "never"):
-        found = [Path(resume)]
-    if not found:
-        return Progress(), notes
-    progress, changed = checkpoints.load(found[-1])
-    notes.append(f"resumed from {found[-1]}")
-    notes += [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
+        found = list_checkpoints(checkpoints.folder)
+        notes = [f"warning: {name} was half-written and is left out" for name in checkpoints.half_written()]
+        folder = (found[-1] if found else None) if resume in ("auto", "never") else Path(resume)
+    (folder,) = broadcast_object_list([folder])
+    if folder is None:
+        return begin, notes
+    if resume == "never":
+        raise InputError(f"{folder} is of an earlier run: give another run.dir, or leave --resume at auto to go on")
+    complaint, progress = None, begin
+    try:
+        progress, changed = checkpoints.load(folder)
+        _check_same_data(begin, progress, folder)
+        notes += [f"resumed from {folder}"]
+        notes += [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
+    except InputError as error:
+        complaint = str(error)
+    for said in gather_object([complaint]):  # a machine that does not see the folder, say
+        if said is not None:
+            raise InputError(said)
     return progress, notes
+
+
+def _check_same_data(begin: Progress, progress: Progress, folder: Path) -> None:
+    """A step number means a place in the data: it must still mean the same."""
+    if progress.images_per_step != begin.images_per_step:
+        raise InputError(
+            f"{folder} counts steps of {progress.images_per_step} images, this run of {begin.images_per_step} "
+            "(processes x run.batch_size x run.accumulate): make them equal, or start another run.dir"
+        )
+    if progress.images != begin.images:
+        raise InputError(
+            f"{folder} is of a set of {progress.images} images, and there are {begin.images} now: "
+            "start another run.dir; student.checkpoint takes the weights along"
+        )
 
 
 def write_config(cfg: Config, directory: Path, accelerator: Accelerator, progress: Progress) -> list[str]:

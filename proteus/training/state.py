@@ -1,59 +1,67 @@
 """What a run remembers between two steps, and how it gets to disk and back. The teacher is no part of it."""
 
 import json
+import platform
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import accelerate
+import numpy
+import PIL
 import timm
 import torch
+import torchvision
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from proteus import __version__
+import proteus
 from proteus.engine.atomic import PENDING, remove_folder, write_folder
 from proteus.errors import InputError
+from proteus.training.task import Distillation
 
 
 @dataclass
 class Progress:
-    """How far the run is, and what it met on the way."""
+    """How far the run is, what a step of it is, and what it met on the way."""
 
+    images: int  # in the training set
+    images_per_step: int  # over all processes and micro-batches
     step: int = 0  # updates done
-    nonfinite: list[int] = field(default_factory=list)  # steps that were not applied
+    skipped_steps: list[int] = field(default_factory=list)  # of late, not applied: the gradient was not finite
     bad_images: list[int] = field(default_factory=list)  # indices of files that could not be read
 
 
-def environment(processes: int) -> dict[str, str | int]:
+def environment(accelerator: Accelerator) -> dict[str, str | int]:
     """What bit-identity holds for: a change of any of these may change the last bits."""
+    device = accelerator.device
+    packages = (torch, torchvision, timm, accelerate, numpy, PIL, proteus)
     return {
-        "processes": processes,
+        "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-        "proteus": __version__,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
+        **{package.__name__: package.__version__ for package in packages},
     }
 
 
 class Checkpoints:
     """`checkpoints/step_N/` of a run directory: whole or not there, the newest `keep` of them.
 
-    model:     the task's weights (student and heads).
-    Random state is not among what is saved: every draw is a function of the seed and the step.
+    A checkpoint is model.safetensors (student and heads), ema.safetensors, optimizer.pt, scaler.pt (fp16) and
+    progress.json. Random state is not among it: every draw is a function of the seed and the step.
     """
 
     def __init__(
         self,
         directory: Path,
         keep: int,
-        task: nn.Module,
+        task: Distillation,
         optimizer: AcceleratedOptimizer,
         ema: ModelEmaV3 | None,
         accelerator: Accelerator,
@@ -71,7 +79,7 @@ class Checkpoints:
                 save_file(_on_cpu(self._ema.module), folder / "ema.safetensors")
             if self._accelerator.scaler is not None:
                 torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
-            facts = asdict(progress) | {"environment": environment(self._accelerator.num_processes)}
+            facts = asdict(progress) | {"environment": environment(self._accelerator)}
             (folder / "progress.json").write_text(json.dumps(facts))
 
         write_folder(self.folder / f"step_{progress.step}", fill)
@@ -79,22 +87,35 @@ class Checkpoints:
             remove_folder(old)
 
     def load(self, folder: Path) -> tuple[Progress, list[str]]:
-        """Restore everything from `folder`: (progress, what of the environment has changed since)."""
+        """Restore everything from `folder`: (progress, what of the environment has changed since).
+
+        InputError where the checkpoint is damaged or of another network.
+        """
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         try:
             facts = json.loads((folder / "progress.json").read_text())
+            then = facts.pop("environment")
+            progress = Progress(**facts)
             self._task.load_state_dict(load_file(folder / "model.safetensors"))
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
             self._optimizer.load_state_dict(state)
-            if self._ema is not None and (folder / "ema.safetensors").is_file():
-                self._ema.module.load_state_dict(load_file(folder / "ema.safetensors"))
             if self._accelerator.scaler is not None and (folder / "scaler.pt").is_file():
                 self._accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            if self._ema is not None:
+                average = folder / "ema.safetensors"
+                # An average that begins now begins at the student.
+                state = load_file(average) if average.is_file() else self._task.student.state_dict()
+                self._ema.module.load_state_dict(state)
+        except Exception as error:  # readers of damaged files raise anything
             message = " ".join(str(error).split())[:300]
-            raise InputError(f"checkpoint {folder} does not belong to this run or is damaged: {message}") from None
-        then = facts.pop("environment")
-        now = environment(self._accelerator.num_processes)
-        return Progress(**facts), [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+            raise InputError(
+                f"checkpoint {folder} is damaged or of another network ({type(error).__name__}: {message}); "
+                "delete it to go on from the one before, or give another run.dir"
+            ) from None
+        for group, built in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(built)  # the config's weight decay and betas, should they have changed
+        now = environment(self._accelerator)
+        return progress, [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
 
     def half_written(self) -> list[str]:
         """Names of what is not whole. What a crash of ours left under a temporary name is deleted."""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,10 @@ class Stop:
 
     def __init__(self, accelerator: Accelerator):
         self.signum = 0
-        self._accelerator = accelerator
+        self._flag = torch.tensor(0)
+        self._reduction: torch.distributed.Work | None = None
+        several = accelerator.num_processes > 1
+        self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, number: int, _frame: object) -> None:
@@ -20,24 +24,30 @@ class Stop:
             os._exit(128 + number)
         self.signum = number
 
-    def agreed(self, at_interval: bool) -> bool:
-        """Whether all processes stop after this step.
+    def agreed(self) -> bool:
+        """Whether all processes stop after this step; each calls it once a step.
 
-        Alone, at any step. Several must stop at the same step: they agree at the logging interval, where they wait for
-        the device anyway.
+        Several processes must stop at the same step, whichever of them got the signal and when. They bring their flags
+        together on the host, in a reduction that runs beside the next step and is read after it: no device waits.
         """
-        if self._accelerator.num_processes == 1:
+        if self._group is None:
             return self.signum > 0
-        if not at_interval:
-            return False
-        flag = torch.tensor(self.signum, device=self._accelerator.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        self.signum = int(flag)
-        return self.signum > 0
+        if self._reduction is not None:
+            self._reduction.wait()
+            agreed = int(self._flag)
+            if agreed:
+                self.signum, self._reduction = agreed, None
+                return True
+        self._flag = torch.tensor(self.signum)
+        maximum = torch.distributed.ReduceOp.MAX
+        self._reduction = torch.distributed.all_reduce(self._flag, op=maximum, group=self._group, async_op=True)
+        return False
 
     def __enter__(self) -> "Stop":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type | None, *_: object) -> None:
+        if failure is None and self._reduction is not None:
+            self._reduction.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)

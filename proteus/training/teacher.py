@@ -55,7 +55,8 @@ def find_weights(cfg: config.Teacher) -> str | None:
 def build_teacher(cfg: config.Teacher, image_size: int, accelerator: Accelerator) -> Teacher:
     """The teacher of a config, with its weights, on its device."""
     mean, std = CONVENTIONS[cfg.normalize]
-    checkpoint = find_weights(cfg)
+    with accelerator.local_main_process_first():  # which fetches them, should that be asked for
+        checkpoint = find_weights(cfg)
     size = image_size if checkpoint is None else None
     encoder = create_model(cfg.name, checkpoint=checkpoint, image_size=size, mean=mean, std=std, **cfg.arch)
     head = TeacherHead(cfg.head, encoder.embed_dim) if cfg.head else None

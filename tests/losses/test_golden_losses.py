@@ -88,7 +88,7 @@ def test_the_mean_over_processes_is_the_global_batch(networks, golden, processes
     held = 0
     for rank in range(processes):
         images, mask = golden["image"][rank::processes], golden["mask"][rank:MASKED:processes].bool()
-        assert len(mask) == sampler.masked_of(rank)
+        assert len(mask) == sum(draw.masked for draw in sampler.micro_batch(0, 0, rank))
         held += len(mask)
         losses = task(images, target_of(networks[1], images, mask))
         (sum(losses.values()) / processes).backward()  # summed up in .grad, as DDP averages

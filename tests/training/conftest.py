@@ -13,6 +13,27 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).resolve().parents[2]
 
+LAUNCH = (
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+)
+LAUNCH += (
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--num_cpu_threads_per_process",
+    "1",
+    "--main_process_port",
+    "0",
+)
+
 TINY = """
 teacher:
   name: timm/vit_tiny_patch16_224

@@ -41,6 +41,8 @@ def complaint(run_here, capsys):
         ("student.checkpoint=nowhere.safetensors", "student.checkpoint=nowhere.safetensors: no such file"),
         ("teacher.arch.patch_size=8", "the teacher's 2 x 2"),
         ("--resume=nowhere", "--resume nowhere"),
+        ("data.mask.ratio=0.05", "mask 8 of 16 images and 0 of 16 patches"),
+        ("run.batch_size=1", "mask 0 of 1 images"),
     ],
 )
 def test_one_line_that_names_the_key(complaint, override, said):
@@ -143,3 +145,23 @@ def test_a_diverging_run_stops_names_the_steps_and_leaves_its_checkpoint(complai
     assert [row["loss"] for row in rows if row["skipped_steps"]] == [None] * 6
     assert (tmp_path / "run/checkpoints").is_dir()
     assert sorted((tmp_path / "run/checkpoints").glob("step_*"))
+
+
+def test_a_step_skipped_now_and_then_is_no_reason_to_stop():
+    """fp16 skips about one step in 2,000 as long as it runs, to find out how large its loss scale may be."""
+    from proteus.config import load_config
+    from proteus.errors import RunError
+    from proteus.training.loop import _check_health
+    from proteus.training.state import Progress
+
+    cfg = load_config("proteus_s14.yaml")
+    progress = Progress(images=1000, images_per_step=10)
+    for step in range(50, 400_000, 50):
+        progress.step = step
+        if step % 2000 == 0:
+            progress.skipped_steps.append(step - 7)
+        _check_health(cfg, progress, range(1000))
+    assert len(progress.skipped_steps) <= 1
+    progress.skipped_steps += range(step - 101, step)
+    with pytest.raises(RunError, match="101 steps of the last 1,000"):
+        _check_health(cfg, progress, range(1000))

@@ -52,16 +52,16 @@ def test_the_step_does_not_wait_for_the_device(run_here):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_killed_on_the_gpu_ends_bit_identical(trainer, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    prelude = "import os, torch\nos.environ['ACCELERATE_USE_CPU'] = 'false'\ntorch.use_deterministic_algorithms(True)"
-    whole = trainer("whole", "schedule.steps=40", prelude=prelude)
+def test_killed_on_the_gpu_ends_bit_identical(trainer):
+    prelude = "import os\nos.environ['ACCELERATE_USE_CPU'] = 'false'"
+    settings = ("schedule.steps=40", "run.deterministic=true")
+    whole = trainer("whole", *settings, prelude=prelude)
     assert whole.wait() == 0, whole.output()
-    killed = trainer("killed", "schedule.steps=40", prelude=prelude)
+    killed = trainer("killed", *settings, prelude=prelude)
     killed.wait_until(lambda: killed.steps() >= 13)
     killed.kill(signal.SIGKILL)
     killed.wait()
-    resumed = trainer("killed", "schedule.steps=40", "data.workers=2", prelude=prelude)
+    resumed = trainer("killed", *settings, "data.workers=2", prelude=prelude)
     assert resumed.wait() == 0, resumed.output()
     one, other = (load_file(run.directory / "student.safetensors") for run in (whole, killed))
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -1,33 +1,11 @@
 """Two processes are one: the same global batches, and the same losses."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from tests.training.conftest import read_log
-
-LAUNCH = (
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-)
-LAUNCH += (
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-    "--num_cpu_threads_per_process",
-    "1",
-    "--main_process_port",
-    "0",
-)
+from tests.training.conftest import LAUNCH, read_log
 
 RECORD = """
 import os, torch

@@ -1,12 +1,16 @@
 """A run that is killed, stopped, or started twice: real processes, real signals."""
 
 import random
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.training.conftest import LAUNCH, read_log
 
 SLOW_DISK = """
 import time
@@ -161,4 +165,98 @@ def test_a_changed_config_is_told_on_resume(run_here, capsys):
 def test_a_checkpoint_of_another_network_is_an_error(run_here, capsys):
     assert run_here("schedule.steps=5") == 0
     assert run_here("schedule.steps=10", "student.arch.embed_dim=32") == 2
-    assert "does not belong to this run" in capsys.readouterr().err.splitlines()[-1]
+    assert "is damaged or of another network" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.pt", "progress.json"])
+@pytest.mark.parametrize("length", [0, 0.5])
+def test_a_damaged_checkpoint_is_one_line(run_here, tmp_path, capsys, file, length):
+    assert run_here("schedule.steps=5") == 0
+    path = tmp_path / "run/checkpoints/step_5" / file
+    path.write_bytes(path.read_bytes()[: int(length * path.stat().st_size)])
+    assert run_here("schedule.steps=10") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "step_5 is damaged or of another network" in said.splitlines()[-1]
+
+
+def test_a_step_that_means_other_images_is_refused(run_here, capsys):
+    assert run_here("schedule.steps=5") == 0
+    assert run_here("schedule.steps=10", "run.batch_size=8") == 2
+    assert "steps of 16 images, this run of 8" in capsys.readouterr().err.splitlines()[-1]
+    assert run_here("schedule.steps=10", "data.classes=0.5") == 2
+    assert "a set of 1347 images, and there are" in capsys.readouterr().err.splitlines()[-1]
+    assert run_here("schedule.steps=10", "run.batch_size=8", "run.accumulate=2") == 0
+
+
+def test_changed_optimiser_settings_are_taken(run_here, tmp_path):
+    assert run_here("schedule.steps=5") == 0
+    assert run_here("schedule.steps=10", "optimizer.weight_decay=0.7", "optimizer.betas=[0.5, 0.6]") == 0
+    state = torch.load(tmp_path / "run/checkpoints/step_10/optimizer.pt", weights_only=True)
+    assert {group["weight_decay"] for group in state["param_groups"]} == {0.0, 0.7}
+    assert all(group["betas"] == (0.5, 0.6) for group in state["param_groups"])
+
+
+def test_an_average_begun_on_resume_begins_at_the_student(run_here, tmp_path):
+    assert run_here("schedule.steps=10", "ema.decay=null") == 0
+    assert run_here("schedule.steps=11", "ema.decay=0.5") == 0
+    student, average = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("student", "student_ema"))
+    before = load_file(tmp_path / "run/checkpoints/step_10/model.safetensors")
+    key = "blocks.0.mlp.fc1.weight"
+    expected = (before[f"student.vit.{key}"] + student[key]) / 2
+    torch.testing.assert_close(average[key], expected, atol=1e-7, rtol=0)
+
+
+def test_rows_after_the_checkpoint_are_not_logged_twice(run_here, tmp_path):
+    assert run_here("schedule.steps=8") == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step_8")  # as if it had been killed before it
+    with open(tmp_path / "run/log.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')
+    assert run_here("schedule.steps=12") == 0
+    assert [row["step"] for row in read_log(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_a_shorter_schedule_than_what_is_done_is_done(run_here, tmp_path, capsys):
+    assert run_here("schedule.steps=6") == 0
+    (tmp_path / "run/student.safetensors").unlink()
+    assert run_here("schedule.steps=3") == 0
+    assert "after 6 steps" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "run/student.safetensors").is_file()
+
+
+def test_the_main_process_says_which_checkpoint_all_load(trainer, tmp_path):
+    """A second machine that does not see the run directory is an error, not a run from another step."""
+    settings = ("schedule.steps=8", "run.batch_size=8")
+    first = trainer("run", *settings, launcher=LAUNCH)
+    assert first.wait() == 0, first.output()
+    elsewhere = f"import os, sys\nif os.environ['RANK'] == '1': sys.argv.append('run.dir={tmp_path}/elsewhere')"
+    run = trainer("run", "schedule.steps=12", "run.batch_size=8", launcher=LAUNCH)
+    assert run.wait() == 0, run.output()
+    apart = trainer("run", "schedule.steps=16", "run.batch_size=8", launcher=LAUNCH, prelude=elsewhere)
+    assert apart.wait() == 0, apart.output()  # the path is the main process's, and this machine sees it
+    assert read_log(tmp_path / "run")[-1]["step"] == 16
+
+
+def test_a_signal_stops_two_processes_at_one_step(trainer):
+    run = trainer("two", "schedule.steps=100000", "run.log_every=1000", "run.save_every=100000", launcher=LAUNCH)
+    run.wait_until(lambda: (run.directory / "lock").exists() and "lr 1.00e-03" in run.output())
+    time.sleep(3)
+    run.process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on and gives 30 seconds
+    run.wait(timeout=60)
+    (saved,) = (run.directory / "checkpoints").glob("step_*")
+    assert f"stopped by signal 15 after step {saved.name.removeprefix('step_')};" in run.output()
+
+
+@pytest.mark.slow
+def test_three_killed_processes_end_bit_identical(trainer):
+    three = tuple("3" if word == "2" else word for word in LAUNCH)
+    settings = ("schedule.steps=20", "run.batch_size=8")
+    whole = trainer("whole", *settings, launcher=three)
+    assert whole.wait() == 0, whole.output()
+    killed = trainer("killed", *settings, launcher=three)
+    killed.wait_until(lambda: killed.steps() >= 12)
+    killed.kill()
+    killed.wait()
+    resumed = trainer("killed", *settings, launcher=three)
+    assert resumed.wait() == 0, resumed.output()
+    assert_same_end(whole.directory, killed.directory, 20)
