@@ -127,6 +127,7 @@ def train(cfg: Config, resume: str = "auto") -> int:
                 _check_health(cfg, progress, source)
             if (plan.saves(step) or stopping) and accelerator.is_main_process:
                 checkpoints.save(progress)
+                board.restart_clock()
             if stopping:
                 board.say(f"stopped by signal {stop.signum} after step {step}; the same command goes on from there")
                 break
