@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from proteus.errors import InputError, nearest
 
@@ -20,6 +20,16 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _network_arguments(arch: dict[str, Any]) -> dict[str, Any]:
+    for key in ("name", "checkpoint", "pretrained", "image_size", "img_size", "mean", "std"):
+        if key in arch:
+            raise ValueError(f"{key} is not an argument of the network; the image size is data.image_size")
+    return arch
+
+
+Arch = Annotated[dict[str, Any], AfterValidator(_network_arguments)]
 
 
 class Section(BaseModel):
@@ -38,7 +48,7 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: computes in the run's precision
     head: str | None = None  # a linear classifier on the teacher's features, for the losses on logits
     compile: bool = False
-    arch: dict[str, Any] = {}  # arguments of the network, for `timm/...` names
+    arch: Arch = {}  # arguments of the network, for `timm/...` names
 
 
 class Student(Section):
@@ -47,7 +57,7 @@ class Student(Section):
     name: str
     checkpoint: str | None = None  # start from these weights instead of random ones
     compile: bool = False
-    arch: dict[str, Any] = {}
+    arch: Arch = {}
 
 
 class Source(Section):
@@ -159,7 +169,7 @@ class Probe(Section):
 class Run(Section):
     """Everything about the run that is not the method."""
 
-    dir: str | None = None  # default: runs/<name of the config>
+    dir: Annotated[str, Field(min_length=1)] | None = None  # default: runs/<name of the config>
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch_size: Positive = 128  # images a process sees at once; the paper: 8 processes
     accumulate: Positive = 1  # micro-batches to an update
@@ -187,6 +197,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
+        if self.probe.split and self.data.kind in ("folder", "digits") and self.data.split in (None, self.probe.split):
+            raise ValueError(
+                f"probe.split={self.probe.split}: give data.split another split, or held-out images are trained on "
+                "(probe.split=null cuts them from the training set)"
+            )
         if not self.active_losses:
             raise ValueError("losses: at least one needs a weight above 0")
         if "patch" in self.active_losses and not (self.data.mask.probability and self.data.mask.ratio):

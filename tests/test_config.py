@@ -258,7 +258,7 @@ def test_an_exponent_needs_no_sign(minimal, text):
         ("data.root=/data/imagenet", "/data/imagenet"),
         ("teacher.checkpoint=null", None),
         ("teacher.download=true", True),
-        ("probe.split=val", "val"),
+        ("probe.images=64", 64),
         ("data.augment.scale=[0.5, 1]", (0.5, 1.0)),
         ("losses.feature=0.5", 0.5),
     ],

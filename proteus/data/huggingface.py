@@ -27,7 +27,10 @@ class HuggingFaceSource:
         labels = [key for key, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
         if not labels and "label" in data.features:
             labels = ["label"]
-        self.labels = _class_numbers(data, labels[0]) if use_labels and len(labels) == 1 else None
+        self.labels: np.ndarray | None = None
+        self.classes: list[str] = []
+        if use_labels and len(labels) == 1:
+            self.labels, self.classes = _class_numbers(data, labels[0])
         self._data = data.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
         self._column, self._root = images[0], root
         if not len(self._data):
@@ -45,18 +48,20 @@ class HuggingFaceSource:
         return f"{self._root}[{index}]" + (f" ({row['path']})" if row.get("path") else "")
 
 
-def _class_numbers(data: Any, column: str) -> np.ndarray | None:
-    """A column of class numbers, or of names that are numbered here, as [n] int64; None where it is neither."""
+def _class_numbers(data: Any, column: str) -> tuple[np.ndarray | None, list[str]]:
+    """A column of class numbers, or of names that are numbered here, as [n] int64, and the names; None for others."""
     import pyarrow
 
     values = data.select_columns([column]).with_format("arrow")[:][column]
-    if values.null_count:
-        return None
+    if values.null_count or not len(values):
+        return None, []
     if pyarrow.types.is_integer(values.type):
-        return values.to_numpy().astype(np.int64)
+        numbers = values.to_numpy().astype(np.int64)
+        return numbers, getattr(data.features[column], "names", None) or [str(i) for i in range(numbers.max() + 1)]
     if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
-        return np.unique(np.array(values.to_pylist()), return_inverse=True)[1].astype(np.int64)
-    return None
+        names, numbers = np.unique(np.array(values.to_pylist()), return_inverse=True)
+        return numbers.astype(np.int64), names.tolist()
+    return None, []
 
 
 def _load_dataset(root: str, split: str | None, download: bool) -> Any:

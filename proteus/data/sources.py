@@ -18,10 +18,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
 class Source(Protocol):
     """n images, numbered from 0.
 
-    labels: [n] int64, or None where the set has none.
+    labels:  [n] int64, or None where the set has none.
+    classes: names of the labels, by number; empty where there are no labels.
     """
 
     labels: np.ndarray | None
+    classes: list[str]
 
     def __len__(self) -> int: ...
 
@@ -46,12 +48,14 @@ class FolderSource:
             raise InputError(f"data: {error.filename} cannot be read: {error.strerror}") from None
         if not len(self._paths):
             raise InputError(f"data: no images under {root} (looked for {' '.join(EXTENSIONS)})")
-        self.labels = None
+        self.labels: np.ndarray | None = None
+        self.classes: list[str] = []
         folders = [path.split(b"/")[:-1] for path in self._paths]
         if use_labels and all(len(folder) == 1 for folder in folders):
             classes = sorted({folder[0] for folder in folders})
             number = {name: label for label, name in enumerate(classes)}
             self.labels = np.array([number[folder[0]] for folder in folders])
+            self.classes = [os.fsdecode(name) for name in classes]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -79,6 +83,7 @@ class DigitsSource:
         self._chosen = np.sort(splits[split])
         self._scans = (digits.images[self._chosen] * (255 / 16)).round().astype(np.uint8)  # [n, 8, 8], ink is 16
         self.labels = digits.target[self._chosen].astype(np.int64)
+        self.classes = [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:
         return len(self._scans)
@@ -97,6 +102,7 @@ class SingleImageSource:
     """
 
     labels: np.ndarray | None = None
+    classes: list[str] = []  # noqa: RUF012
 
     def __init__(self, path: Path, crops: int, seed: int):
         self._image = decode(path)
@@ -122,6 +128,7 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, indices
         self.labels = None if source.labels is None else source.labels[indices]
+        self.classes = source.classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -140,9 +147,11 @@ class Merged:
         self.sources = sources
         self._ends = np.cumsum([len(source) for source in sources])
         self.labels = None
+        self.classes: list[str] = []
         labels = [source.labels for source in sources if source.labels is not None]
         if len(labels) == len(sources):
-            offsets = np.cumsum([0, *(part.max() + 1 for part in labels)])
+            offsets = np.cumsum([0, *(len(source.classes) for source in sources)])
+            self.classes = [name for source in sources for name in source.classes]
             self.labels = np.concatenate([part + offset for part, offset in zip(labels, offsets[:-1], strict=True)])
 
     def __len__(self) -> int:
@@ -194,9 +203,9 @@ def _one_source(cfg: config.Source, seed: int) -> Source:
 
 def check_roots(cfg: config.Data) -> None:
     """Raise InputError where a root is not given or not there, without reading what is in it."""
-    for part in (cfg, *cfg.merge):
+    for key, part in [("data", cfg), *((f"data.merge.{i}", part) for i, part in enumerate(cfg.merge))]:
         if part.kind != "digits":
-            _root(part)
+            _root(part, key)
 
 
 def _open(cfg: config.Source, seed: int) -> Source:
@@ -214,7 +223,7 @@ def _open(cfg: config.Source, seed: int) -> Source:
         raise InputError(f"data.root={root}: not readable as an image ({error})") from None
 
 
-def _root(cfg: config.Source) -> str:
+def _root(cfg: config.Source, key: str = "data") -> str:
     """The existing folder or file (or the hub id) a source is read from."""
     if cfg.root is None:
         wanted = {
@@ -222,20 +231,20 @@ def _root(cfg: config.Source) -> str:
             "image": "one image file",
             "hf": "a hub id or a local dataset",
         }
-        raise InputError(f"data.root is not set: data.root=PATH takes {wanted[cfg.kind]}")
+        raise InputError(f"{key}.root is not set: {key}.root=PATH takes {wanted[cfg.kind]}")
     if cfg.kind == "hf":
         return cfg.root
     root = Path(cfg.root).expanduser()
     if cfg.kind == "image":
         if not root.is_file():
-            raise InputError(f"data.root={root}: no such image file")
+            raise InputError(f"{key}.root={root}: no such image file")
         return str(root)
     if not root.is_dir():
-        raise InputError(f"data.root={root}: no such folder; data.root=PATH takes the folder that holds the images")
+        raise InputError(f"{key}.root={root}: no such folder; {key}.root=PATH takes the folder that holds the images")
     if cfg.split and not (root / cfg.split).is_dir():
         raise InputError(
-            f"data.root={root} holds no folder {cfg.split!r}; "
-            "give the folder above it, or data.split=null to use all of root"
+            f"{key}.root={root} holds no folder {cfg.split!r}; "
+            f"give the folder above it, or {key}.split=null to use all of root"
         )
     return str(root / cfg.split if cfg.split else root)
 
@@ -255,6 +264,6 @@ def _walk(root: Path) -> list[str]:
                 continue
             if entry.is_dir():
                 folders.append((f"{prefix}{entry.name}/", (*above, real)))
-            elif entry.name.lower().endswith(EXTENSIONS):
+            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
                 found.append(prefix + entry.name)
     return sorted(found)

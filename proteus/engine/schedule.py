@@ -12,12 +12,17 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, base: float
     Where linear scaling puts `base` below them, `warmup_lr` and `min_lr` are `base`: a rate never climbs at its end.
     """
     first, last = min(schedule.warmup_lr, base), min(schedule.min_lr, base)
-    warmup = schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)
+    warmup = warmup_steps(schedule, steps_per_epoch)
     if schedule.per == "epoch":
         step -= step % steps_per_epoch
     if step < warmup:
         return first + (base - first) * step / warmup
     return last + 0.5 * (base - last) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def warmup_steps(schedule: Schedule, steps_per_epoch: int) -> int:
+    """Updates of the warm-up."""
+    return schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)
 
 
 def scaled_rate(lr: float, lr_batch: int | None, global_batch: int) -> float:

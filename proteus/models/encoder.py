@@ -143,6 +143,8 @@ class Encoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        if images.ndim != 4:
+            raise ValueError(f"{self.name} takes images [B, 3, H, W], not {list(images.shape)}")
         grid = self.grid_of(*images.shape[-2:])
         if not images.is_floating_point():
             images = images / 255

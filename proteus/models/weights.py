@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict[str, str]]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a reader of a broken file may raise anything
         # Without torch's advice to read it unsafely, which is not ours to give.
-        reason = "" if "weights_only" in str(error) else f": {' '.join(str(error).split())[:200]}"
+        reason = f": {' '.join(str(error).split())[:200]}" if str(error) and "weights_only" not in str(error) else ""
         raise InputError(f"weights {str(path)!r} cannot be read as a state dict{reason}") from None
     for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):

@@ -117,7 +117,7 @@ def build(name: str, image_size: int | tuple[int, int] | None = None, **arch: An
             if name.startswith("timm/")
             else ENTRIES[name].build(name, image_size, **arch)
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in {"image_size": image_size, **arch}.items())
         raise InputError(f"{name} cannot be built with {given}: {' '.join(str(error).split())}") from error
 

@@ -1,6 +1,7 @@
 """The run: everything is built, then the loop."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from proteus.engine.atomic import write_file
 from proteus.engine.ema import build_ema
 from proteus.engine.schedule import scaled_rate
 from proteus.engine.update import build_optimizer, finite_step, set_rate
-from proteus.errors import InputError, RunError
+from proteus.errors import InputError, RunError, UnreadableError
 from proteus.losses import Target
 from proteus.models import create_model
 from proteus.models.weights import save_encoder
@@ -36,7 +37,7 @@ def train(cfg: Config, resume: str = "auto") -> int:
     directory = Path(cfg.run.dir)
     accelerator = start.build_accelerator(cfg, directory)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    lock = start.take_lock(directory) if accelerator.is_main_process else None
+    lock = start.take_lock(directory, accelerator)
 
     source, held_out = split_source(cfg)
     start.check_labels(cfg, source)
@@ -105,7 +106,7 @@ def train(cfg: Config, resume: str = "auto") -> int:
             losses = []
             for micro in range(cfg.run.accumulate):
                 with board.waiting():
-                    batch = next(batches)
+                    batch = _next(batches, progress, checkpoints, processes)
                 seen_bad.update(batch.bad)
                 batch = batch.to(device)
                 target = _target(batch, teacher, cfg.temperature)
@@ -146,6 +147,15 @@ def train(cfg: Config, resume: str = "auto") -> int:
     if lock is not None:
         lock.release()
     return 0 if done else stop.signum
+
+
+def _next(batches: Iterator[Batch], progress: Progress, checkpoints: Checkpoints, processes: int) -> Batch:
+    try:
+        return next(batches)
+    except UnreadableError:
+        if processes == 1 and progress.step:  # the storage is gone, what was learnt need not be
+            checkpoints.save(progress)
+        raise
 
 
 def _target(batch: Batch, teacher: Teacher | None, temperature: float) -> Target:

@@ -54,6 +54,10 @@ class Probe:
             raise InputError("probe: none of the held-out images can be read")
         self._bank: PlainImages | None = None
         if source.labels is not None and self._held_out.labels is not None:
+            # Each set numbers its classes by itself; what they share are the names.
+            number = {name: label for label, name in reversed(list(enumerate(source.classes)))}
+            numbers = np.array([number.get(name, -1) for name in held_out.classes])
+            self._held_out = self._held_out._replace(labels=numbers[self._held_out.labels])
             self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), size, crop, workers)
         self._teacher_knn: float | None = None
         self.pictures = min(cfg.probe.pictures, len(self._held_out.images))

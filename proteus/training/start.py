@@ -21,6 +21,7 @@ from proteus.data.sampler import Sampler
 from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
 from proteus.engine.lock import RunLock
+from proteus.engine.schedule import warmup_steps
 from proteus.errors import InputError
 from proteus.losses import LOSSES
 from proteus.models import Encoder
@@ -51,13 +52,21 @@ def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
     return accelerator
 
 
-def take_lock(directory: Path) -> RunLock:
-    """Make the run directory and lock it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run.dir={directory} cannot be made: {error}") from None
-    return RunLock(directory)
+def take_lock(directory: Path, accelerator: Accelerator) -> RunLock | None:
+    """Make the run directory and lock it, by the main process; what that meets, all processes raise."""
+    lock, complaint = None, None
+    if accelerator.is_main_process:
+        try:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = RunLock(directory)
+        except OSError as error:
+            complaint = f"run.dir={directory} cannot be used: {error}"
+        except InputError as error:
+            complaint = str(error)
+    (complaint,) = broadcast_object_list([complaint])
+    if complaint is not None:
+        raise InputError(complaint)
+    return lock
 
 
 def count_classes(source: Source, teacher: Teacher | None) -> int | None:
@@ -117,9 +126,14 @@ def resume_run(
     if resume == "never":
         raise InputError(f"{folder} is of an earlier run: give another run.dir, or leave --resume at auto to go on")
     complaint, progress = None, begin
+    newest = max([int(path.name.removeprefix("step_")) for path in list_checkpoints(checkpoints.folder)], default=0)
     try:
         progress, changed = checkpoints.load(folder)
         _check_same_data(begin, progress, folder)
+        if newest > progress.step:
+            raise InputError(
+                f"{checkpoints.folder} goes on to step {newest}: to branch off at {folder}, give another run.dir"
+            )
         notes += [f"resumed from {folder}"]
         notes += [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
     except InputError as error:
@@ -149,7 +163,7 @@ def write_config(cfg: Config, directory: Path, accelerator: Accelerator, progres
     if not accelerator.is_main_process:
         return []
     path, text = directory / "config.yaml", dump_config(cfg)
-    before = yaml.safe_load(path.read_text()) if path.is_file() and progress.step else None
+    before = _read_config(path) if path.is_file() and progress.step else None
     write_file(path, lambda pending: pending.write_text(text))
     if before is None:
         return []
@@ -160,6 +174,14 @@ def write_config(cfg: Config, directory: Path, accelerator: Accelerator, progres
         if then.get(key) != now.get(key)
     ]
     return [f"warning: the config has changed since the run began ({'; '.join(changed)})"] if changed else []
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return None
+    return tree if isinstance(tree, dict) else None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -184,6 +206,8 @@ def summarise(
     def size(encoder: Encoder) -> str:
         return f"{encoder.name} ({sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M)"
 
+    warmup = warmup_steps(cfg.schedule, plan.steps_per_epoch)
+    warning = [f"warning: the warm-up of {warmup} steps takes the whole run"] if warmup >= plan.total_steps else []
     losses = " + ".join(f"{weight:g} {name}" for name, weight in cfg.active_losses.items())
     batch = f"{sampler.processes} x {sampler.batch_size} x {sampler.accumulate}"
     precision = "float32" if cfg.run.precision == "no" else cfg.run.precision
@@ -194,4 +218,5 @@ def summarise(
         f"lr {rate:.2e}",
         f"run      {plan.total_steps:,} steps of {plan.steps_per_epoch:,} an epoch, {accelerator.device.type}, "
         f"{precision}, in {cfg.run.dir}",
+        *warning,
     ]

@@ -21,7 +21,7 @@ from torch import nn
 
 import proteus
 from proteus.engine.atomic import PENDING, remove_folder, write_folder
-from proteus.errors import InputError
+from proteus.errors import InputError, RunError
 from proteus.training.task import Distillation
 
 
@@ -82,7 +82,13 @@ class Checkpoints:
             facts = asdict(progress) | {"environment": environment(self._accelerator)}
             (folder / "progress.json").write_text(json.dumps(facts))
 
-        write_folder(self.folder / f"step_{progress.step}", fill)
+        try:
+            write_folder(self.folder / f"step_{progress.step}", fill)
+        except Exception as error:  # a full disk is told by each writer in its own way
+            message = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"the checkpoint of step {progress.step} cannot be written to {self.folder}: {message}"
+            ) from None
         for old in list_checkpoints(self.folder)[: -self._keep]:
             remove_folder(old)
 

@@ -25,6 +25,7 @@ class Pictures:
     def __init__(self, count: int, labels: bool = True, broken: Iterable[int] = ()):
         self.count, self.broken = count, frozenset(broken)
         self.labels = np.arange(count) % 7 if labels else None
+        self.classes = [str(number) for number in range(7)] if labels else []
         self.asked: list[int] = []
 
     def __len__(self) -> int:

@@ -155,6 +155,14 @@ def test_symbolic_links_are_followed(tmp_path):
         assert [grey_of(source, index) for index in range(4)] == [1, 2, 4, 3]
 
 
+def test_only_files_are_images(tmp_path):
+    put(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")  # counted: it will be found unreadable and named
+    assert names(FolderSource(tmp_path)) == ["a.png", "gone.png"]
+
+
 def test_a_link_back_to_a_parent_adds_nothing(tmp_path):
     put(tmp_path / "a/1.png")
     put(tmp_path / "b/1.png")
@@ -703,6 +711,7 @@ class Numbers:
         self.first = first
         self.count = labels if isinstance(labels, int) else len(labels)
         self.labels = np.array(labels) if labelled and not isinstance(labels, int) else None
+        self.classes = [] if self.labels is None else [str(number) for number in range(self.labels.max() + 1)]
 
     def __len__(self) -> int:
         return self.count

@@ -43,6 +43,10 @@ def complaint(run_here, capsys):
         ("--resume=nowhere", "--resume nowhere"),
         ("data.mask.ratio=0.05", "mask 8 of 16 images and 0 of 16 patches"),
         ("run.batch_size=1", "mask 0 of 1 images"),
+        ("probe.split=train", "probe.split=train: give data.split another split"),
+        ("student.arch.image_size=28", "student.arch: image_size is not an argument of the network"),
+        ("student.arch.patch_size=0", "cannot be built with"),
+        ("data.merge=[{kind: folder}]", "data.merge.0.root is not set"),
     ],
 )
 def test_one_line_that_names_the_key(complaint, override, said):
@@ -165,3 +169,45 @@ def test_a_step_skipped_now_and_then_is_no_reason_to_stop():
     progress.skipped_steps += range(step - 101, step)
     with pytest.raises(RunError, match="101 steps of the last 1,000"):
         _check_health(cfg, progress, range(1000))
+
+
+def test_storage_that_goes_away_leaves_a_checkpoint(photos, complaint, tmp_path, monkeypatch):
+    from proteus.data.sources import FolderSource
+
+    settings = photos(0)
+    load, loaded = FolderSource.load, []
+
+    def until_it_goes(self, index):
+        loaded.append(index)
+        if len(loaded) > 16 * 5:
+            raise OSError("stale file handle")
+        return load(self, index)
+
+    monkeypatch.setattr(FolderSource, "load", until_it_goes)
+    (line,) = complaint(*settings, "run.save_every=1000")
+    assert "images in a row cannot be read" in line
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
+    assert saved.name == "step_5"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(complaint, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("proteus.training.state.save_file", full)
+    (line,) = complaint(status=1)
+    assert "the checkpoint of step 5 cannot be written" in line
+    assert "No space left on device" in line
+    monkeypatch.setattr("proteus.training.state.save_file", safetensors.torch.save_file)
+    assert complaint(status=0) == []
+
+
+def test_a_run_directory_that_cannot_be_used(complaint, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    (line,) = complaint()
+    assert f"run.dir={tmp_path / 'run'} cannot be used" in line
+    (tmp_path / "other/lock").mkdir(parents=True)
+    (line,) = complaint(directory="other")
+    assert "cannot be used" in line

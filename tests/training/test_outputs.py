@@ -92,6 +92,21 @@ def test_the_student_loads_by_create_model_by_file_and_by_timm(finished):
     assert any(not torch.equal(average[key], value) for key, value in load_file(file).items())
 
 
+def test_classes_of_two_splits_are_matched_by_name(run_here, tmp_path):
+    """The held-out split lacks the first class: its numbers are not the training split's."""
+    for split, names in (("train", "abcd"), ("val", "bcd")):
+        for name in names:
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for number in range(20):
+                colour = tuple(200 * (name == which) + number for which in "bcd")
+                Image.new("RGB", (20, 20), colour).save(folder / f"{number}.png")
+    data = ("data.kind=folder", f"data.root={tmp_path / 'set'}", "data.split=train", "probe.neighbours=5")
+    assert run_here(*data, "probe.every_epochs=1", "probe.split=val", "schedule.steps=1") == 0
+    (probe,) = [row for line in (tmp_path / "run/log.jsonl").read_text().splitlines()[:1] if (row := json.loads(line))]
+    assert probe["knn_student"] == probe["knn_teacher"] == 1.0
+
+
 def test_components_of_tokens_on_a_line_are_their_order():
     along = torch.linspace(-1, 1, 64).reshape(1, 64, 1) * torch.randn(1, 1, 8)  # [1, 64, 8]: one direction of variance
     colours = component_colours(along + 1e-6 * torch.randn(1, 64, 8))

@@ -152,6 +152,8 @@ def test_resume_never_refuses_a_used_directory_and_a_path_goes_on_elsewhere(run_
     assert run_here(f"--resume={tmp_path}/run/checkpoints/step_10", directory="other") == 0
     a, b = (load_file(tmp_path / name / "student.safetensors") for name in ("run", "other"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+    assert run_here(f"--resume={tmp_path}/run/checkpoints/step_10") == 2  # here it would end under newer ones
+    assert "goes on to step 12" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_changed_config_is_told_on_resume(run_here, capsys):
