@@ -1,12 +1,14 @@
 """The run: everything is built, then the loop."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from proteus.config import Config
 from proteus.data.loader import Batch, TrainingSet, training_batches
@@ -171,16 +173,12 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 
 def _gather_bad(seen: set[int], progress: Progress, source: Source, directory: Path, accelerator: Accelerator) -> None:
     """Bring together what all processes could not read, and name it in skipped_images.txt."""
-    everywhere = [sorted(seen)]
-    if accelerator.num_processes > 1:
-        everywhere = [[]] * accelerator.num_processes
-        torch.distributed.all_gather_object(everywhere, sorted(seen))
-    bad = sorted(set().union(*everywhere))
+    bad = sorted(set().union(*gather_object([sorted(seen)])))
     if bad != progress.bad_images:
         progress.bad_images = bad
         if accelerator.is_main_process:
-            names = "".join(f"{source.name(index)}\n" for index in bad)
-            write_file(directory / "skipped_images.txt", lambda path: path.write_text(names))
+            names = os.fsencode("".join(f"{source.name(index)}\n" for index in bad))  # not all names are UTF-8
+            write_file(directory / "skipped_images.txt", lambda path: path.write_bytes(names))
 
 
 def _check_health(cfg: Config, progress: Progress, source: Source) -> None:

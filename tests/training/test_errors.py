@@ -1,6 +1,7 @@
 """What bad input gets: the error table of the design, row by row, by the trainer's own main."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -120,6 +121,13 @@ def test_unreadable_images_are_replaced_counted_and_named(photos, run_here, tmp_
     assert read_log(tmp_path / "run")[-1]["bad_images"] == 3
     facts = json.loads((tmp_path / "run/checkpoints/step_6/progress.json").read_text())
     assert facts["bad_images"] == [0, 1, 2]
+
+
+def test_a_name_that_is_not_utf8_is_named_as_it_is(photos, run_here, tmp_path):
+    settings = photos(1)
+    os.rename(os.fsencode(tmp_path / "photos/00.png"), os.fsencode(tmp_path / "photos") + b"/\xff\xfe.png")
+    assert run_here(*settings, "schedule.steps=5") == 0
+    assert (tmp_path / "run/skipped_images.txt").read_bytes() == b"\xff\xfe.png\n"
 
 
 def test_too_many_unreadable_images_stop_the_run(photos, complaint, tmp_path):
