@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -239,14 +238,27 @@ def test_the_main_process_says_which_checkpoint_all_load(trainer, tmp_path):
     assert read_log(tmp_path / "run")[-1]["step"] == 16
 
 
-def test_a_signal_stops_two_processes_at_one_step(trainer):
-    run = trainer("two", "schedule.steps=100000", "run.log_every=1000", "run.save_every=100000", launcher=LAUNCH)
-    run.wait_until(lambda: (run.directory / "lock").exists() and "lr 1.00e-03" in run.output())
-    time.sleep(3)
+SLOW_STEP = """
+import time
+from proteus.training.task import Distillation
+forward = Distillation.forward
+def slow(self, *args):
+    time.sleep(0.3)
+    return forward(self, *args)
+Distillation.forward = slow
+"""
+
+
+def test_a_signal_stops_two_processes_at_one_step_without_waiting_for_the_interval(trainer):
+    settings = ("schedule.steps=1000", "run.log_every=10", "run.save_every=1000")
+    run = trainer("two", *settings, launcher=LAUNCH, prelude=SLOW_STEP)
+    run.wait_until(lambda: run.steps() >= 10)
     run.process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on and gives 30 seconds
     run.wait(timeout=60)
     (saved,) = (run.directory / "checkpoints").glob("step_*")
-    assert f"stopped by signal 15 after step {saved.name.removeprefix('step_')};" in run.output()
+    step = int(saved.name.removeprefix("step_"))
+    assert 10 < step < 20
+    assert f"stopped by signal 15 after step {step};" in run.output()
 
 
 @pytest.mark.slow
