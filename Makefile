@@ -16,9 +16,7 @@ setup: .venv/installed
 
 demo: setup  ## distil the digits teacher afresh and print what the student kept
 	rm -rf runs/demo runs/demo_supervised
-	$(LAUNCH) tools/train.py --cfg demo.yaml
-	$(LAUNCH) tools/train.py --cfg demo/supervised.yaml run.dir=runs/demo_supervised
-	$(BIN)/python -m benchmarks.demo.table
+	$(MAKE) bench
 
 bench: setup  ## the demo's table; trains what is not there yet
 	$(LAUNCH) tools/train.py --cfg demo.yaml

@@ -326,12 +326,17 @@ def _explain(error: ValidationError, file: str) -> list[str]:
         elif problem["type"] == "missing":
             lines.append(f"{file}: {key} is missing")
         elif problem["type"] == "value_error":
-            lines.append(
-                f"{file}: {key + '.' if key and re.match('[a-z_]+: ', message) else key + ': ' if key else ''}{message}"
-            )
+            lines.append(f"{file}: {_placed(key, message)}")
         else:
             lines.append(f"{file}: {key}: {message[:1].lower()}{message[1:]}, not {problem['input']!r}")
     return lines
+
+
+def _placed(key: str, message: str) -> str:
+    """A validator's words behind the key it belongs to; one of a section may begin with the field it means."""
+    if not key:
+        return message
+    return f"{key}.{message}" if re.match("[a-z_]+: ", message) else f"{key}: {message}"
 
 
 def _keys(section: type[BaseModel], prefix: str = ""):

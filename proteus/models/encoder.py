@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         self.num_heads: int = vit.blocks[0].attn.num_heads
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.native_grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
-        self.image_size = image_size or _square_or_pair([side * self.patch_size for side in self.native_grid])
+        self.image_size = image_size or square_or_pair([side * self.patch_size for side in self.native_grid])
         # grid -> the weights it was resized from, their version, the positions
         self._resized: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
 
@@ -186,13 +186,14 @@ class Encoder(nn.Module):
         """The blocks' output [B, P + N, D] as Features."""
         vit = self.vit
         # Networks pooled by averaging keep their final norm for after the pool; tokens get it one by one.
-        final_norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+        norms_after_pool = isinstance(vit.norm, nn.Identity)
+        final_norm = vit.fc_norm if norms_after_pool else vit.norm
         normed = final_norm(tokens) if norm else tokens
         patch = normed[:, vit.num_prefix_tokens :]
         if vit.has_class_token:
             return Features(normed[:, 0], patch, grid)
         # Without a class token timm's own pooling (attention or average) stands in.
-        pooled = vit.forward_head(vit.norm(tokens), pre_logits=True) if pool else None
+        pooled = vit.forward_head(tokens if norms_after_pool else normed, pre_logits=True) if pool else None
         return Features(pooled, patch, grid)  # type: ignore[arg-type]
 
     def _apply(self, fn, recurse: bool = True):
@@ -206,5 +207,6 @@ def _is_plain(vit: VisionTransformer) -> bool:
     return all(hasattr(block, "attn") and hasattr(block.attn, "num_heads") for block in vit.blocks)
 
 
-def _square_or_pair(size: Sequence[int]) -> int | tuple[int, int]:
+def square_or_pair(size: Sequence[int]) -> int | tuple[int, int]:
+    """An image size [h, w] as users give it: one number where it is square."""
     return size[0] if size[0] == size[1] else (size[0], size[1])

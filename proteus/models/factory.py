@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from proteus.errors import InputError
 from proteus.models import weights
-from proteus.models.encoder import Encoder
+from proteus.models.encoder import Encoder, square_or_pair
 from proteus.models.position import DINOV2, DINOV2_REGISTERS, TIMM, PositionRule
 from proteus.models.zoo import ENTRIES, Entry, build, is_known
 
@@ -38,15 +38,13 @@ def create_model(
     if pretrained and checkpoint is None:
         checkpoint = str(weights.find_official(name, download=True))
     if checkpoint is None:
-        return _convention(build(name, image_size, **arch), mean, std)
+        return _declare(build(name, image_size, **arch), {}, None, mean, std)
     state, metadata = weights.read_checkpoint(checkpoint)
     state = weights.to_timm_layout(state)
     facts = weights.metadata_facts(metadata)
     encoder = build(name, _native_size(state, facts, checkpoint) or image_size, **arch)
     weights.load_into(encoder, state, checkpoint)
-    encoder.image_size = image_size or _size(facts.get("image_size")) or encoder.image_size
-    _convention(encoder, facts.get("mean"), facts.get("std"))
-    return _convention(encoder, mean, std)
+    return _declare(encoder, facts, image_size, mean, std)
 
 
 def load_checkpoint(
@@ -78,9 +76,7 @@ def load_checkpoint(
     if norm_eps is not None:
         entry = replace(entry, norm_eps=norm_eps)
     encoder = weights.load_into(entry.build(f"vit of {path}"), state, path)
-    encoder.image_size = image_size or encoder.image_size
-    _convention(encoder, facts.get("mean"), facts.get("std"))
-    return _convention(encoder, mean, std)
+    return _declare(encoder, facts, image_size, mean, std)
 
 
 def _infer(state: weights.State, facts: dict[str, Any], family: Family, num_heads: int | None, path: str) -> Entry:
@@ -140,7 +136,7 @@ def _native_size(state: weights.State, facts: dict[str, Any], path: str) -> Size
     patch = state["patch_embed.proj.weight"].shape[-1]
     if "native_grid" in facts:
         height, width = facts["native_grid"]
-        return height * patch if height == width else (height * patch, width * patch)
+        return square_or_pair((height * patch, width * patch))
     patches = state["pos_embed"].shape[1] - _prefix(state)
     side = round(patches**0.5)
     if side * side != patches:
@@ -148,11 +144,17 @@ def _native_size(state: weights.State, facts: dict[str, Any], path: str) -> Size
     return side * patch
 
 
-def _convention(encoder: Encoder, mean: Sequence[float] | None, std: Sequence[float] | None) -> Encoder:
-    if mean is not None or std is not None:
-        encoder.set_convention(encoder.mean if mean is None else mean, encoder.std if std is None else std)
+def _declare(
+    encoder: Encoder,
+    facts: dict[str, Any],
+    image_size: Size | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Encoder:
+    """Set the image size and input convention: as the caller says, else the file, else as the network was built."""
+    told = facts.get("image_size")
+    encoder.image_size = image_size or (tuple(told) if isinstance(told, list) else told) or encoder.image_size
+    encoder.set_convention(
+        facts.get("mean", encoder.mean) if mean is None else mean, facts.get("std", encoder.std) if std is None else std
+    )
     return encoder
-
-
-def _size(size: Any) -> Size | None:
-    return tuple(size) if isinstance(size, list) else size

@@ -28,7 +28,7 @@ class Board:
     def __init__(
         self, accelerator: Accelerator, directory: Path, done_steps: int, total_steps: int, images_per_step: int
     ):
-        self._accelerator, self._directory = accelerator, directory
+        self._accelerator = accelerator
         self._total, self._images_per_step = total_steps, images_per_step
         self._main = accelerator.is_main_process
         self._live = self._main and sys.stderr.isatty()

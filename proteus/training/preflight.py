@@ -11,7 +11,7 @@ from proteus.data.sources import check_roots
 from proteus.errors import InputError
 from proteus.losses import check_losses
 from proteus.models.zoo import check_name
-from proteus.training.teacher import find_weights
+from proteus.training.teacher import RANDOM, find_weights
 
 
 def check_inputs(cfg: Config, resume: str) -> None:
@@ -50,7 +50,7 @@ def _check_files(cfg: Config, resume: str) -> None:
     files = {"student.checkpoint": cfg.student.checkpoint}
     if cfg.teacher:
         files["teacher.head"] = cfg.teacher.head
-        files["teacher.checkpoint"] = None if cfg.teacher.checkpoint == "random" else cfg.teacher.checkpoint
+        files["teacher.checkpoint"] = None if cfg.teacher.checkpoint == RANDOM else cfg.teacher.checkpoint
     missing = [f"{key}={path}: no such file" for key, path in files.items() if path and not Path(path).is_file()]
     if resume not in ("auto", "never") and not Path(resume, "progress.json").is_file():
         missing.append(

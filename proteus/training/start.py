@@ -116,8 +116,8 @@ def resume_run(
 ) -> tuple[Progress, list[str]]:
     """Where the run starts, and what is worth telling about it. The main process decides which checkpoint it is."""
     folder, notes = None, []
+    found = list_checkpoints(checkpoints.folder)
     if accelerator.is_main_process:
-        found = list_checkpoints(checkpoints.folder)
         notes = [f"warning: {name} was half-written and is left out" for name in checkpoints.half_written()]
         folder = (found[-1] if found else None) if resume in ("auto", "never") else Path(resume)
     (folder,) = broadcast_object_list([folder])
@@ -126,10 +126,10 @@ def resume_run(
     if resume == "never":
         raise InputError(f"{folder} is of an earlier run: give another run.dir, or leave --resume at auto to go on")
     complaint, progress = None, begin
-    newest = max([int(path.name.removeprefix("step_")) for path in list_checkpoints(checkpoints.folder)], default=0)
     try:
         progress, changed = checkpoints.load(folder)
         _check_same_data(begin, progress, folder)
+        newest = int(found[-1].name.removeprefix("step_")) if found else 0
         if newest > progress.step:
             raise InputError(
                 f"{checkpoints.folder} goes on to step {newest}: to branch off at {folder}, give another run.dir"

@@ -39,13 +39,12 @@ class Progress:
 def environment(accelerator: Accelerator) -> dict[str, str | int]:
     """What bit-identity holds for: a change of any of these may change the last bits."""
     device = accelerator.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     packages = (torch, torchvision, timm, accelerate, numpy, PIL, proteus)
     return {
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {platform.machine()}",
+        "device": f"{device.type} {machine}",
         **{package.__name__: package.__version__ for package in packages},
     }
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from proteus.models import create_model, load_checkpoint
 from proteus.models.weights import save_encoder
+from tests.networks import assert_same_network, images
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -37,21 +38,6 @@ def tiny(name=PLAIN, image_size=64, **options):
     encoder = create_model(name, image_size=image_size, **{**TINY, **options}).eval()
     randomise(encoder)
     return encoder
-
-
-def images(*size):
-    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def assert_same_network(a, b, *sizes):
-    own, other = a.vit.state_dict(), b.vit.state_dict()
-    assert own.keys() == other.keys()
-    for key, value in own.items():
-        assert torch.equal(value, other[key]), key
-    for size in sizes:
-        for one, two in zip(a.eval()(images(*size)), b.eval()(images(*size)), strict=True):
-            assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 ROUND_TRIPS = {

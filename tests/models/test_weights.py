@@ -12,6 +12,7 @@ from torch import nn
 from proteus.errors import InputError
 from proteus.models import create_model, load_checkpoint
 from proteus.models.weights import read_checkpoint
+from tests.networks import assert_same_network
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = "timm/vit_tiny_patch16_224"
@@ -23,10 +24,6 @@ def golden(name, prefix):
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def images(*size):
-    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
 def said(function, *args, **kwargs) -> str:
     """The one line of the InputError that a call ends in."""
     with pytest.raises(InputError) as caught:
@@ -34,17 +31,6 @@ def said(function, *args, **kwargs) -> str:
     assert len(caught.value.lines) == 1
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@torch.no_grad()
-def assert_same_network(a, b, *sizes):
-    own, other = a.vit.state_dict(), b.vit.state_dict()
-    assert own.keys() == other.keys()
-    for key, value in own.items():
-        assert torch.equal(value, other[key]), key
-    for size in sizes:
-        for one, two in zip(a.eval()(images(*size)), b.eval()(images(*size)), strict=True):
-            assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 # --------------------------------------------------------------------------------------------------- layouts
