@@ -96,10 +96,11 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(trainer, whol
 
 def test_a_second_signal_exits_at_once(trainer):
     # A disk on which a checkpoint takes minutes: the first signal waits for it, the second does not.
-    stuck = trainer("stuck", "schedule.steps=100000", prelude=SLOW_DISK.replace("0.15", "100"))
+    settings = ("schedule.steps=100000", "run.save_every=100000")
+    stuck = trainer("stuck", *settings, prelude=SLOW_DISK.replace("0.15", "100"))
     stuck.wait_until(lambda: stuck.steps() >= 1)
     stuck.kill(signal.SIGTERM)
-    stuck.wait_until((stuck.directory / "checkpoints").exists)
+    stuck.wait_until(lambda: any((stuck.directory / "checkpoints").glob(".pending-step_*")))
     stuck.kill(signal.SIGTERM)
     assert stuck.wait(timeout=20) == 128 + signal.SIGTERM
 
