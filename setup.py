@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("proteus").joinpath("__init__.py").read_text())[1]
 XFORMERS = "xformers>=0.0.34; platform_system == 'Linux' and platform_machine == 'x86_64'"
+EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tools/export.py onnx
 
 setup(
     name="proteus-distill",
@@ -33,5 +34,5 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8.0", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
+    extras_require={"export": EXPORT, "dev": [*EXPORT, "pytest>=8.0", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
 )

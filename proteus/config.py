@@ -4,15 +4,17 @@ A file may start from another (`base: other.yaml`), the command line may overrid
 does not fit the tree is one clear line that names the key. Nothing here imports torch: a typo is reported at once.
 """
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from proteus.errors import InputError, nearest
 
+LABEL_CE = "label_ce"  # the one loss that learns from labels, not from a teacher
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -20,16 +22,24 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Attention = Literal["auto", "xformers", "sdpa"]
 
 
 def _network_arguments(arch: dict[str, Any]) -> dict[str, Any]:
     for key in ("name", "checkpoint", "pretrained", "image_size", "img_size", "mean", "std"):
         if key in arch:
-            raise ValueError(f"{key} is not an argument of the network; the image size is data.image_size")
+            raise ValueError(f"{key} is not an argument of the network; the image size is image_size, beside arch")
     return arch
 
 
+def _pixels_or_auto(size: Any) -> Any:
+    if size != "auto" and not (type(size) is int and size > 0):
+        raise ValueError(f"a number of pixels above 0, or auto, not {size!r}")
+    return size
+
+
 Arch = Annotated[dict[str, Any], AfterValidator(_network_arguments)]
+PixelsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_pixels_or_auto)]
 
 
 class Section(BaseModel):
@@ -44,8 +54,11 @@ class Teacher(Section):
     name: str
     checkpoint: str | None = None  # a local file; otherwise the official one, if it is on disk
     download: bool = False  # fetch the official weights when they are not on disk
+    image_size: Positive | None = None  # pixels it sees; null: data.image_size
     normalize: Literal["own", "imagenet", "clip", "none"] = "own"  # the authors give every teacher ImageNet's
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: computes in the run's precision
+    losses: dict[str, NonNegative] | None = None  # its own weights; null: the run's
+    standardize: bool = False  # bring each dimension of its tokens to mean 0 and variance 1
     head: str | None = None  # a linear classifier on the teacher's features, for the losses on logits
     compile: bool = False
     arch: Arch = {}  # arguments of the network, for `timm/...` names
@@ -56,6 +69,8 @@ class Student(Section):
 
     name: str
     checkpoint: str | None = None  # start from these weights instead of random ones
+    image_size: PixelsOrAuto = "auto"  # auto: what gives the teacher's grid, for losses on patches
+    grad_checkpointing: bool = False  # compute activations again in backward instead of keeping them
     compile: bool = False
     arch: Arch = {}
 
@@ -178,13 +193,15 @@ class Run(Section):
     save_every: Positive = 1000  # steps
     keep: Positive = 3  # checkpoints
     max_nonfinite: Annotated[int, Field(ge=0)] = 100  # skipped steps among the last 1,000 at which the run stops
+    attention: Attention = "auto"  # auto: xformers' kernels where they are installed and work
     deterministic: bool = False  # bit-identical runs on a GPU too, for some speed
 
 
 class Config(Section):
     """A run of `tools/train.py`."""
 
-    teacher: Teacher | None
+    teacher: Teacher | None = None
+    teachers: list[Teacher] = []  # instead of teacher: several of them
     student: Student
     losses: dict[str, NonNegative]  # name: weight; 0 leaves one out
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the logits, in logits_kl
@@ -202,21 +219,48 @@ class Config(Section):
                 f"probe.split={self.probe.split}: give data.split another split, or held-out images are trained on "
                 "(probe.split=null cuts them from the training set)"
             )
-        if not self.active_losses:
+        if self.teacher and self.teachers:
+            raise ValueError("teacher and teachers are both given: take one away (teacher=null, or teachers=[])")
+        needs_teacher = set(self.active_losses) - {LABEL_CE}
+        if needs_teacher and not self.all_teachers:
+            raise ValueError(f"losses.{min(needs_teacher)} needs a teacher, and teacher is null (several: teachers)")
+        if not self.computed_losses:
             raise ValueError("losses: at least one needs a weight above 0")
-        if "patch" in self.active_losses and not (self.data.mask.probability and self.data.mask.ratio):
+        if "patch" in self.computed_losses and not (self.data.mask.probability and self.data.mask.ratio):
             raise ValueError("losses.patch needs masked images: set data.mask.probability and data.mask.ratio above 0")
-        needs_teacher = set(self.active_losses) - {"label_ce"}
-        if self.teacher is None and needs_teacher:
-            raise ValueError(f"losses.{min(needs_teacher)} needs a teacher, and teacher is null")
-        if "logits_kl" in self.active_losses and self.teacher and not self.teacher.head:
-            raise ValueError("losses.logits_kl needs teacher.head: the file of a linear classifier on the teacher")
+        for key, teacher in self.all_teachers.items():
+            if teacher.losses and teacher.losses.get(LABEL_CE):
+                raise ValueError(f"{key}.losses.{LABEL_CE} has nothing to do with a teacher: give it in losses")
+            if "logits_kl" in self.losses_of(teacher) and not teacher.head:
+                raise ValueError(f"losses.logits_kl needs {key}.head: the file of a linear classifier on the teacher")
         return self
 
     @property
+    def all_teachers(self) -> dict[str, Teacher]:
+        """The teachers, one or several, by their keys: `teacher`, or `teachers.0`, `teachers.1`, ..."""
+        if self.teacher:
+            return {"teacher": self.teacher}
+        return {f"teachers.{index}": teacher for index, teacher in enumerate(self.teachers)}
+
+    @property
     def active_losses(self) -> dict[str, float]:
-        """The losses that are computed: those with a weight above 0."""
-        return {name: weight for name, weight in self.losses.items() if weight > 0}
+        """The run's losses with a weight above 0."""
+        return _active(self.losses)
+
+    def losses_of(self, teacher: Teacher) -> dict[str, float]:
+        """What is learnt from a teacher: its own losses, else the run's, with a weight above 0."""
+        own = _active(self.losses if teacher.losses is None else teacher.losses)
+        return {name: weight for name, weight in own.items() if name != LABEL_CE}
+
+    @property
+    def computed_losses(self) -> set[str]:
+        """The names of all losses that are computed, whoever teaches them."""
+        learnt = {name for teacher in self.all_teachers.values() for name in self.losses_of(teacher)}
+        return learnt | ({LABEL_CE} & self.active_losses.keys())
+
+
+def _active(losses: dict[str, float]) -> dict[str, float]:
+    return {name: weight for name, weight in losses.items() if weight > 0}
 
 
 class _Loader(yaml.SafeLoader):
@@ -301,14 +345,26 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InputError(f"{override!r} is not an override: write key=value, such as run.batch_size=64")
     *parents, leaf = key.split(".")
+    branch: Any = tree  # a mapping, or a list, whose places are numbers: teachers.1.checkpoint
     for parent in parents:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
+        place = _place(branch, parent, key)
+        below = branch[place] if isinstance(branch, list) else branch.get(place)
+        if not isinstance(below, dict | list):
+            below = branch[place] = {}
+        branch = below
     try:
-        tree[leaf] = yaml.load(value, Loader=_Loader)
+        parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
-        tree[leaf] = value
+        parsed = value
+    branch[_place(branch, leaf, key)] = parsed
+
+
+def _place(branch: dict[str, Any] | list[Any], part: str, key: str) -> Any:
+    if isinstance(branch, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(branch):
+        raise InputError(f"{key}: {part} is no place in a list of {len(branch)}, which are counted from 0")
+    return int(part)
 
 
 def _explain(error: ValidationError, file: str) -> list[str]:
@@ -321,7 +377,8 @@ def _explain(error: ValidationError, file: str) -> list[str]:
             # The key may be misspelt, or right but in the wrong section.
             leaf = key.rsplit(".", 1)[-1]
             elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == leaf]
-            hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, keys)
+            close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)
+            hint = f"; did you mean {close[0]!r}?" if close else nearest(key, keys)
             lines.append(f"{file}: unknown key {key!r}{hint}")
         elif problem["type"] == "missing":
             lines.append(f"{file}: {key} is missing")

@@ -11,7 +11,7 @@ def images(*size):
 @torch.no_grad()
 def assert_same_network(a, b, *sizes):
     """Two encoders have the same weights, and the same features of images of these sizes, bit for bit."""
-    own, other = a.vit.state_dict(), b.vit.state_dict()
+    own, other = a.network.state_dict(), b.network.state_dict()
     assert own.keys() == other.keys()
     for key, value in own.items():
         assert torch.equal(value, other[key]), key

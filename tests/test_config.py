@@ -89,6 +89,21 @@ def test_every_config_loads_and_survives_a_round_trip(name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "teacher", "losses"),
+    [
+        ("clip", "clip_vitl14", {"token": 1.0}),
+        ("synclr", "synclr_vitl14", {"token": 1.0, "patch": 1.0, "feature": 1.0}),
+    ],
+)
+def test_presets_of_other_teachers_differ_from_dinov2s_as_the_paper_says(name, teacher, losses):
+    cfg, dinov2 = load_config(f"proteus_b14_{name}.yaml"), load_config("proteus_b14.yaml")
+    assert (cfg.teacher.name, cfg.teacher.normalize) == (teacher, "imagenet")
+    assert cfg.active_losses == losses
+    same = {"teacher": dinov2.teacher, "losses": dinov2.losses, "run": dinov2.run}
+    assert cfg.model_copy(update=same) == dinov2
+
+
+@pytest.mark.parametrize(
     ("size", "teacher"),
     [("t", "dinov2_vits14"), ("s", "dinov2_vitb14"), ("b", "dinov2_vitl14"), ("l", "dinov2_vitg14")],
 )
@@ -277,6 +292,24 @@ def test_overrides_keep_their_neighbours_and_the_last_one_wins(minimal):
     assert config.losses == {"token": 1.0, "patch": 1.0}
 
 
+def test_an_override_reaches_a_place_of_a_list(write):
+    path = write("two.yaml", {**MINIMAL, "teacher": None, "teachers": [{"name": "a", "head": "x"}, {"name": "b"}]})
+    config = load_config(path, ["teachers.0.name=c", "teachers.1.losses.token=2"])
+    assert [(teacher.name, teacher.head) for teacher in config.teachers] == [("c", "x"), ("b", None)]
+    assert list(config.all_teachers) == ["teachers.0", "teachers.1"]
+    assert [config.losses_of(teacher) for teacher in config.teachers] == [{"token": 1.0}, {"token": 2.0}]
+    for key in ("teachers.2.name", "teachers.first.name", "teachers.-1.name", "teachers.2"):
+        assert told(path, f"{key}=d").startswith(f"{key}: ")
+
+
+def test_the_losses_of_the_run_and_of_its_teachers(write):
+    two = {**MINIMAL, "teacher": None, "teachers": [{"name": "a", "losses": {"feature": 1.0}}, {"name": "b"}]}
+    config = load_config(write("two.yaml", two), ["losses.label_ce=0.5", "losses.patch=0"])
+    assert [config.losses_of(teacher) for teacher in config.teachers] == [{"feature": 1.0}, {"token": 1.0}]
+    assert config.computed_losses == {"feature", "token", "label_ce"}
+    assert load_config(write("one.yaml", MINIMAL)).computed_losses == {"token"}
+
+
 def test_an_override_beats_the_file_and_its_base(write):
     write("parent.yaml", {**MINIMAL, "run": {"seed": 1}})
     child = write("child.yaml", {"base": "parent.yaml", "run": {"seed": 2}})
@@ -335,7 +368,8 @@ def test_a_wrong_value_is_one_line_that_names_the_key(minimal, override, key):
 @pytest.mark.parametrize("section", ["teacher", "student", "losses", "data", "schedule"])
 def test_a_missing_section_is_named(write, section):
     path = write("part.yaml", {name: tree for name, tree in MINIMAL.items() if name != section})
-    assert told(path) == f"part.yaml: {section} is missing"
+    missing = "losses.token needs a teacher, and teacher is null (several: teachers)"
+    assert told(path) == f"part.yaml: {missing if section == 'teacher' else section + ' is missing'}"
 
 
 def test_each_mistake_has_its_line(minimal):

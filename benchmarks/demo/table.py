@@ -47,7 +47,7 @@ def measure(name: str, encoder: Encoder, cfg: Config) -> Score:
     )
     linear = linear_probe(tokens[0].numpy(), train.labels, tokens[1].numpy(), test.labels, SWEEP)
     knn = knn_accuracy(tokens[0], torch.from_numpy(train.labels), tokens[1], torch.from_numpy(test.labels))
-    return Score(name, sum(p.numel() for p in encoder.vit.parameters()), linear.accuracy, knn)
+    return Score(name, sum(p.numel() for p in encoder.network.parameters()), linear.accuracy, knn)
 
 
 def scores(distilled: Path, supervised: Path) -> list[Score]:

@@ -8,7 +8,9 @@ from proteus.models.features import Features
 
 
 class Projected(NamedTuple):
-    """The student's features after its heads, Dt wide as the teacher's. What no loss reads is left as it came.
+    """The student's features after the heads for one teacher, Dt wide as its, on the grid where they are compared.
+
+    What no loss reads is left as it came.
 
     plain:  Features of all B images: class token through the token head, patch tokens through the feature head.
     masked: Features of the first M images, masked: patch tokens through the patch head.
@@ -23,15 +25,15 @@ class Projected(NamedTuple):
 class Target(NamedTuple):
     """What the student is asked for. What a run has not (a teacher, labels) is None, and no loss of the run reads it.
 
-    features: the teacher's Features of the B unmasked images.
-    mask:     [M, N] bool, True where the student saw the mask token.
+    features: the teacher's Features of the B unmasked images, on the grid where they are compared.
+    mask:     [M, N] bool on that grid, True where the student saw the mask token.
     logits:   [B, K] of the teacher's classifier.
     labels:   [B] int64.
     temperature: both sides' logits are divided by it in `logits_kl`.
     """
 
-    features: Features
-    mask: Tensor
+    features: Features = None  # type: ignore[assignment]
+    mask: Tensor = None  # type: ignore[assignment]
     logits: Tensor = None  # type: ignore[assignment]
     labels: Tensor = None  # type: ignore[assignment]
     temperature: float = 1.0

@@ -1,16 +1,20 @@
 """`create_model` by name and `load_checkpoint` by file: every network comes through here."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
+
+import torch
 
 from proteus.errors import InputError
 from proteus.models import weights
-from proteus.models.encoder import Encoder, square_or_pair
+from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Encoder, square_or_pair
+from proteus.models.entries import ENTRIES
+from proteus.models.layouts import State, layout_of, to_timm_layout
 from proteus.models.position import DINOV2, DINOV2_REGISTERS, TIMM, PositionRule
-from proteus.models.zoo import ENTRIES, Entry, build, is_known
+from proteus.models.vit import VitEncoder
+from proteus.models.zoo import build, is_known, is_own
 
-Family = Literal["auto", "dinov2", "timm", "proteus"]
+Family = Literal["auto", "proteus", "dinov2", "dino", "synclr", "clip", "openclip", "timm"]
 Size = int | tuple[int, int]
 
 
@@ -24,27 +28,29 @@ def create_model(
     std: Sequence[float] | None = None,
     **arch: Any,
 ) -> Encoder:
-    """An encoder of the zoo (`list_models()`) or `timm/<any plain vision transformer of timm>`.
+    """An encoder: a name of the zoo (`list_models()`), `timm/<any name of timm>`, `hf-hub:<repository of a timm
+    model>`, or `package.module:function`, a function that returns an nn.Module.
 
-    pretrained:  load the official weights; fetched from their publisher where they are not on disk.
-    checkpoint:  load this local file instead (DINOv2, timm or Proteus layout).
+    Such a module takes images [B, 3, H, W] in [0, 1] and returns Features, tokens [B, 1 + N, D] with the class token
+    first, or a map [B, D, h, w].
+
+    pretrained:  load the published weights; fetched from their publisher where they are not on disk.
+    checkpoint:  load this local file instead, in the publisher's layout, timm's or Proteus's.
     image_size:  pixels, int or (h, w). Without weights it sets the native grid; with weights, whose grid is the
                  file's, it is the size the encoder says it wants.
     mean, std:   replace the entry's input convention; 0 and 1 let floats through as they are.
-    arch:        `drop_path`; for `timm/...` also timm's arguments (`embed_dim`, `depth`, `patch_size`, ...).
+    arch:        `drop_path`, `norm_eps`; `patch_norm` (whether patch tokens go through the final norm, which OpenAI's
+                 CLIP gives to the class token alone); `attention` (auto, xformers, sdpa); timm's own arguments
+                 (`embed_dim`, `depth`, `patch_size`, ...); the arguments of a user's function.
 
     InputError where the name is unknown or the weights are missing or do not fit.
     """
     if pretrained and checkpoint is None:
         checkpoint = str(weights.find_official(name, download=True))
     if checkpoint is None:
-        return _declare(build(name, image_size, **arch), {}, None, mean, std)
+        return _declare(build(name, image_size, arch), {}, None, mean, std)
     state, metadata = weights.read_checkpoint(checkpoint)
-    state = weights.to_timm_layout(state)
-    facts = weights.metadata_facts(metadata)
-    encoder = build(name, _native_size(state, facts, checkpoint) or image_size, **arch)
-    weights.load_into(encoder, state, checkpoint)
-    return _declare(encoder, facts, image_size, mean, std)
+    return _load(name, arch, state, weights.metadata_facts(metadata, checkpoint), checkpoint, image_size, mean, std)
 
 
 def load_checkpoint(
@@ -59,89 +65,147 @@ def load_checkpoint(
 ) -> Encoder:
     """An encoder from a file alone: what it is follows from its metadata, or from the shapes of its tensors.
 
-    family:     whose conventions hold where the file does not say: `dinov2` (position rule, norm epsilon 1e-6,
-                ImageNet statistics), `timm` (timm's position rule), `proteus` (a student: DINOv2's). `auto` reads it
-                off the file: a mask token, registers or a 37 x 37 grid with LayerScale are DINOv2's.
-    num_heads:  cannot be seen in a state dict. It comes from the metadata, else from the zoo entry of the same
-                width and depth, else it must be given: a guess would load without complaint and be wrong.
+    A file without metadata has to be a plain vision transformer; for others give `create_model` the name as well.
 
-    InputError where the file is no vision transformer, does not fit, or leaves the head count open.
+    family:     whose conventions (position rule, activation, norm epsilon, statistics) hold where the file does not
+                say. `auto` reads it off the keys and shapes: a mask token, registers or a 37 x 37 grid with
+                LayerScale are DINOv2's. `clip` is OpenAI's (QuickGELU, final norm on the class token alone),
+                `openclip` has the same keys and neither, so one of the two has to be given.
+    num_heads:  cannot be seen in a state dict. It comes from the metadata, else from the zoo's entries of the same
+                width, depth and patch size, else it must be given: a guess would load without complaint and be wrong.
+
+    InputError where the file is no vision transformer, does not fit, or leaves open what it is.
     """
     state, metadata = weights.read_checkpoint(path)
-    facts = weights.metadata_facts(metadata)
+    facts = weights.metadata_facts(metadata, path)
+    if is_own(facts.get("name", "")):
+        # A file could name any function there is: only a caller may say whose code runs.
+        raise InputError(f"{path} is of a network of your own: create_model({facts['name']!r}, checkpoint={path!r})")
     if is_known(facts.get("name", "")) and num_heads is None and norm_eps is None:
-        return create_model(facts["name"], checkpoint=path, image_size=image_size, mean=mean, std=std, **facts["arch"])
-    state = weights.to_timm_layout(state)
-    entry = _infer(state, facts, family, num_heads or facts.get("num_heads"), path)
+        return _load(facts["name"], facts["arch"], state, facts, path, image_size, mean, std)
+    layout = layout_of(state)
+    family = _family(layout, to_timm_layout(state), path) if family == "auto" else family
+    name, arch = _infer(to_timm_layout(state), family, num_heads or facts.get("num_heads"), path)
     if norm_eps is not None:
-        entry = replace(entry, norm_eps=norm_eps)
-    encoder = weights.load_into(entry.build(f"vit of {path}"), state, path)
+        arch["norm_eps"] = norm_eps
+    return _load(name, arch, state, _conventions(family, state) | facts, path, image_size, mean, std)
+
+
+def _load(
+    name: str,
+    arch: dict[str, Any],
+    state: State,
+    facts: dict[str, Any],
+    path: str,
+    image_size: Size | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Encoder:
+    encoder = build(name, _native_size(name, state, facts, path, image_size, arch), arch)
+    weights.load_into(encoder, state, path)
     return _declare(encoder, facts, image_size, mean, std)
 
 
-def _infer(state: weights.State, facts: dict[str, Any], family: Family, num_heads: int | None, path: str) -> Entry:
-    """The entry a state in timm's layout belongs to: what its file says, else what its shapes say."""
+def _family(layout: str, state: State, path: str) -> Family:
+    if layout == "clip":
+        raise InputError(
+            f"{path} has the keys of a CLIP, and whose it is cannot be seen: give family='clip' (OpenAI's, QuickGELU) "
+            "or family='openclip' (GELU), or its name to create_model"
+        )
+    if layout != "timm":
+        return "synclr" if layout == "synclr" else "dinov2"
+    patch_size = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 0
+    is_dinov2 = "blocks.0.ls1.gamma" in state and patch_size == 14 and state["pos_embed"].shape[1] == 1 + 37 * 37
+    return "dinov2" if is_dinov2 or "reg_token" in state else "timm"
+
+
+def _conventions(family: Family, state: State) -> dict[str, Any]:
+    """Position rule and statistics of a family."""
+    if family in ("clip", "openclip", "synclr"):
+        return {"position": DINOV2 if family == "synclr" else TIMM, "mean": CLIP_MEAN, "std": CLIP_STD}
+    if family == "timm":
+        return {"position": TIMM, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    has_registers = "register_tokens" in to_timm_layout(state) or "reg_token" in to_timm_layout(state)
+    return {
+        "position": DINOV2_REGISTERS if has_registers else DINOV2,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    }
+
+
+def _infer(state: State, family: Family, num_heads: int | None, path: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of the network that a state in timm's layout belongs to, from the shapes of its tensors."""
     needed = ("patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.weight")
     missing = [key for key in needed if key not in state]
     if missing or state[needed[0]].ndim != 4:
         what = f"{missing[0]} is missing" if missing else f"{needed[0]} is {list(state[needed[0]].shape)}"
-        raise InputError(f"{path} is not a vision transformer in DINOv2, timm or Proteus layout: {what}")
+        raise InputError(
+            f"{path} is not a vision transformer in CLIP's, DINOv2's, SynCLR's, timm's or Proteus's layout: {what}; "
+            "for another network give its name to create_model"
+        )
     width, _, _, patch_size = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    native = _native_size(state, facts, path)
-    assert native is not None
-    layer_scale = "blocks.0.ls1.gamma" in state
-    if family == "auto":
-        is_dinov2 = "mask_token" in state or registers or (layer_scale and native == 518 and patch_size == 14)
-        family = "dinov2" if is_dinov2 else "timm"
-    hidden_in, hidden_out = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
     if num_heads is None:
-        known = {entry.heads for entry in ENTRIES.values() if (entry.width, entry.depth) == (width, depth)}
+        shape = (width, depth, patch_size)
+        known = {entry.heads for entry in ENTRIES.values() if (entry.width, entry.depth, entry.patch_size) == shape}
         if len(known) != 1:
             raise InputError(
                 f"{path}: the head count of a network {width} wide with {depth} blocks is not known; give num_heads"
             )
         (num_heads,) = known
-    if num_heads < 1 or width % num_heads:
+    if not num_heads or num_heads < 1 or width % num_heads:
         raise InputError(f"{path}: num_heads={num_heads} does not divide the width {width}")
-    family_position = TIMM if family == "timm" else DINOV2_REGISTERS if registers else DINOV2
-    return Entry(
-        width=width,
-        depth=depth,
-        heads=num_heads,
-        patch_size=patch_size,
-        image_size=native,
-        mlp_hidden=hidden_in,
-        swiglu=hidden_in == 2 * hidden_out,
-        registers=registers,
-        embed_prefix=_prefix(state) > 0,
-        layer_scale=1.0 if layer_scale else None,
-        norm_eps=facts.get("norm_eps") or 1e-6,
-        position=PositionRule(*facts["position"]) if "position" in facts else family_position,
-    )
+    hidden_in, hidden_out = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    swiglu, clip = hidden_in == 2 * hidden_out, "norm_pre.weight" in state
+    if clip:
+        name = f"timm/vit_base_patch16_clip_{'quickgelu_' if family == 'clip' else ''}224"
+    else:
+        name = f"timm/vit_{'giant' if swiglu else 'base'}_patch14_dinov2" if "dino" in family or swiglu else ""
+        name = name or "timm/vit_base_patch16_224"
+    arch = {
+        "patch_size": patch_size,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        # int(width * ratio) must give the hidden width back, whatever the division rounds to.
+        "mlp_ratio": (hidden_in + 0.5) / width,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "reg_tokens": registers,
+        "no_embed_class": _prefix(state) == 0,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+    }
+    if family == "clip":
+        arch["patch_norm"] = False
+    return name, arch
 
 
-def _prefix(state: weights.State) -> int:
+def _prefix(state: State) -> int:
     """How many prefix tokens have a position: what is left of the embedding when a square grid is taken away."""
     count = state["pos_embed"].shape[1]
     tokens = ("cls_token" in state) + (state["reg_token"].shape[1] if "reg_token" in state else 0)
     return tokens if round((count - tokens) ** 0.5) ** 2 == count - tokens else 0
 
 
-def _native_size(state: weights.State, facts: dict[str, Any], path: str) -> Size | None:
-    """Image size (pixels) at which a state's position embedding lives; a square grid where the file does not say."""
-    if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
-        return None
-    patch = state["patch_embed.proj.weight"].shape[-1]
+def _native_size(
+    name: str, state: State, facts: dict[str, Any], path: str, image_size: Size | None, arch: dict[str, Any]
+) -> Size | None:
+    """Image size (pixels) at which a file's position embedding lives; a square grid where the file does not say."""
+    state = to_timm_layout(state)
+    if is_own(name) or "pos_embed" not in state or state["pos_embed"].ndim != 3:
+        return image_size
+    with torch.device("meta"):
+        encoder = build(name, image_size, arch)
+    if not isinstance(encoder, VitEncoder):
+        return image_size
     if "native_grid" in facts:
         height, width = facts["native_grid"]
-        return square_or_pair((height * patch, width * patch))
+        return square_or_pair((height * encoder.patch_size, width * encoder.patch_size))
     patches = state["pos_embed"].shape[1] - _prefix(state)
     side = round(patches**0.5)
     if side * side != patches:
         raise InputError(f"{path}: a position embedding for {patches} patches is not of a square grid")
-    return side * patch
+    return side * encoder.patch_size
 
 
 def _declare(
@@ -151,9 +215,11 @@ def _declare(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Encoder:
-    """Set the image size and input convention: as the caller says, else the file, else as the network was built."""
+    """Set the image size and conventions: as the caller says, else the file, else as the network was built."""
     told = facts.get("image_size")
     encoder.image_size = image_size or (tuple(told) if isinstance(told, list) else told) or encoder.image_size
+    if isinstance(encoder, VitEncoder) and "position" in facts:
+        encoder.position = PositionRule(*facts["position"])
     encoder.set_convention(
         facts.get("mean", encoder.mean) if mean is None else mean, facts.get("std", encoder.std) if std is None else std
     )

@@ -1,135 +1,204 @@
-"""The zoo: what is known of each network, and how it is built.
+"""Names, and the networks behind them: the zoo's own, timm's, the hub's, and a user's.
 
-A fact that matters to the numbers (patch size, head count, norm epsilon, position rule, input convention) stands in
-an entry here and nowhere else.
+What is known of each network of the zoo stands in `entries`.
 """
 
 import fnmatch
-from dataclasses import dataclass, replace
-from functools import partial
+import importlib
+import json
+import os
+import sys
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import timm
-from timm.layers import SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import nn
 
 from proteus.errors import InputError, nearest
-from proteus.models.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-from proteus.models.position import DINOV2, DINOV2_REGISTERS, TIMM, PositionRule
+from proteus.models.attention import use_attention
+from proteus.models.encoder import Encoder
+from proteus.models.entries import ENTRIES, Entry
+from proteus.models.opaque import OpaqueEncoder
+from proteus.models.position import TIMM
+from proteus.models.vit import VitEncoder
 
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
+TIMM_PREFIX, HUB_PREFIX = "timm/", "hf-hub:"
 
+# What makes timm's builder read or fetch weights; an argument may come from a file, and none of that is its to ask.
+NOT_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
-@dataclass(frozen=True)
-class Entry:
-    """A vision transformer's facts. `image_size` is the native one: where the position embedding lives."""
-
-    width: int
-    depth: int
-    heads: int
-    patch_size: int = 14
-    image_size: int | tuple[int, int] = 518
-    # Output width of the MLP's first layer, which SwiGLU halves; None: 4 x width.
-    mlp_hidden: int | None = None
-    swiglu: bool = False
-    registers: int = 0
-    embed_prefix: bool = True  # class token and registers have a position embedding of their own
-    layer_scale: float | None = 1e-5
-    norm_eps: float = 1e-6
-    position: PositionRule = DINOV2
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    url: str | None = None
-
-    def build(self, name: str, image_size: int | tuple[int, int] | None = None, drop_path: float = 0.0) -> Encoder:
-        """The network with random weights; `image_size` replaces the native one."""
-        # int(width * ratio) must give the hidden width back, whatever the division rounds to.
-        ratio = 4.0 if self.mlp_hidden is None else (self.mlp_hidden + 0.5) / self.width
-        vit = VisionTransformer(
-            img_size=image_size or self.image_size,
-            patch_size=self.patch_size,
-            embed_dim=self.width,
-            depth=self.depth,
-            num_heads=self.heads,
-            mlp_ratio=ratio,
-            init_values=self.layer_scale,
-            reg_tokens=self.registers,
-            no_embed_class=not self.embed_prefix,
-            drop_path_rate=drop_path,
-            norm_layer=partial(nn.LayerNorm, eps=self.norm_eps),
-            num_classes=0,
-            **({"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if self.swiglu else {}),
-        )
-        arch = {"drop_path": drop_path} if drop_path else {}
-        return Encoder(vit, name=name, mean=self.mean, std=self.std, position=self.position, arch=arch)
-
-
-def _dinov2() -> dict[str, Entry]:
-    sizes = {
-        "s": Entry(384, 12, 6),
-        "b": Entry(768, 12, 12),
-        "l": Entry(1024, 24, 16),
-        "g": Entry(1536, 40, 24, mlp_hidden=8192, swiglu=True),
-    }
-    entries = {}
-    for size, entry in sizes.items():
-        name = f"dinov2_vit{size}14"
-        entries[name] = replace(entry, url=DINOV2_URL.format(name, ""))
-        entries[name + "_reg"] = replace(
-            entry, registers=4, embed_prefix=False, position=DINOV2_REGISTERS, url=DINOV2_URL.format(name, "_reg4")
-        )
-    return entries
-
-
-def _proteus() -> dict[str, Entry]:
-    """DINOv2's network at 224 pixels, without registers, LayerScale starting at 1 (papers: section A1)."""
-    sizes = {"t": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
-    return {f"proteus_vit{s}14": Entry(*shape, image_size=224, layer_scale=1.0) for s, shape in sizes.items()}
-
-
-ENTRIES: dict[str, Entry] = _dinov2() | _proteus()
+Size = int | tuple[int, int]
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the zoo that match a shell pattern. `timm/<name>` takes any plain vision transformer of timm besides."""
+    """Names of the zoo that match a shell pattern.
+
+    Besides them there are `timm/<any name of timm>`, `hf-hub:<repository of a timm model>` and
+    `package.module:function`.
+    """
     return sorted(fnmatch.filter(ENTRIES, pattern))
-
-
-def is_known(name: str) -> bool:
-    """Whether a network of that name can be built."""
-    return name in ENTRIES or (name.startswith("timm/") and timm.is_model(name.removeprefix("timm/")))
 
 
 def check_name(name: str) -> None:
     """Raise InputError, with the nearest valid name, where no network of that name can be built."""
-    if not is_known(name):
-        valid = [f"timm/{vit}" for vit in timm.list_models("vit_*")] if name.startswith("timm/") else ENTRIES
-        raise InputError(f"unknown model {name!r}{nearest(name, valid)}")
+    if name.startswith(HUB_PREFIX) or name in ENTRIES:
+        return
+    if name.startswith(TIMM_PREFIX):
+        timm_name = name.removeprefix(TIMM_PREFIX)
+        if not timm.is_model(timm_name):
+            known = [TIMM_PREFIX + architecture for architecture in timm.list_models()]
+            raise InputError(f"unknown model {name!r}{nearest(name, known)}")
+        _refuse_wrong_activation(timm_name)
+    elif is_own(name):
+        _own_function(name)
+    else:
+        raise InputError(f"unknown model {name!r}{nearest(name, ENTRIES)}")
 
 
-def build(name: str, image_size: int | tuple[int, int] | None = None, **arch: Any) -> Encoder:
-    """The named network with random weights. `arch`: `drop_path`, or timm's arguments for `timm/...` names."""
-    check_name(name)
+def is_known(name: str) -> bool:
+    """Whether a network of that name can be built."""
     try:
-        return (
-            _build_timm(name, image_size, arch)
-            if name.startswith("timm/")
-            else ENTRIES[name].build(name, image_size, **arch)
-        )
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError) as error:
+        check_name(name)
+    except InputError:
+        return False
+    return True
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is that of a user's function, `package.module:function`."""
+    return ":" in name and not name.startswith(HUB_PREFIX)
+
+
+def entry_of(name: str) -> Entry | None:
+    """The zoo's entry of a name, be it its own or that of the same weights in timm; None where there is none."""
+    if name in ENTRIES or not name.startswith(TIMM_PREFIX):
+        return ENTRIES.get(name)
+    architecture, _, tag = name.removeprefix(TIMM_PREFIX).partition(".")
+    cfg = timm.get_pretrained_cfg(architecture)
+    tag = tag or (cfg.tag if cfg else "")
+    return next((entry for entry in ENTRIES.values() if (entry.timm, entry.tag) == (architecture, tag)), None)
+
+
+def build(name: str, image_size: Size | None = None, arch: dict[str, Any] | None = None) -> Encoder:
+    """The named network with random weights.
+
+    arch: `drop_path`, `norm_eps`, `patch_norm`, `attention`, and any argument of timm's builder; of a user's function,
+    its own arguments.
+    """
+    check_name(name)
+    arch = arch or {}
+    try:
+        return _build_own(name, image_size, arch) if is_own(name) else _build_timm(name, image_size, arch)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a network may say to arguments it does not take
         given = ", ".join(f"{key}={value!r}" for key, value in {"image_size": image_size, **arch}.items())
-        raise InputError(f"{name} cannot be built with {given}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{name} cannot be built with {given}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _build_timm(name: str, image_size: int | tuple[int, int] | None, arch: dict[str, Any]) -> Encoder:
-    options = {"drop_path_rate" if key == "drop_path" else key: value for key, value in arch.items()}
-    if image_size is not None:
-        options["img_size"] = image_size
+def _build_timm(name: str, image_size: Size | None, arch: dict[str, Any]) -> Encoder:
+    entry = entry_of(name)
+    architecture, defaults, cfg = _in_timm(name, entry)
+    options = {**defaults, **arch}
+    for key in NOT_ARGUMENTS:
+        if key in options:
+            raise InputError(f"{name}: {key} is not an argument of the network")
+    patch_norm = options.pop("patch_norm", entry is None or entry.final_norm != "cls")
+    attention = options.pop("attention", "auto")
+    if "drop_path" in options:
+        options["drop_path_rate"] = options.pop("drop_path")
     if "norm_eps" in options:
         options["norm_layer"] = partial(nn.LayerNorm, eps=options.pop("norm_eps"))
-    vit = timm.create_model(name.removeprefix("timm/"), num_classes=0, **options)
-    cfg = vit.pretrained_cfg
-    # timm carries DINOv2 without registers under its own position rule, which is not the one it was trained with.
-    position = DINOV2 if "dinov2" in name and "reg" not in name else TIMM
-    return Encoder(vit, name=name, mean=cfg["mean"], std=cfg["std"], position=position, arch=arch)
+    native = entry.image_size if entry else cfg["input_size"][-1]
+    size = image_size or options.pop("img_size", None) or native
+    if cfg.get("fixed_input_size", False):
+        options["img_size"] = size
+    if timm.models.is_model_in_modules(architecture, "eva"):
+        options["dynamic_img_size"] = True  # or the rotary embedding is kept for one size
+    network = timm.create_model(architecture, num_classes=0, **options)
+    use_attention(network, attention)
+    mean, std = (entry.mean, entry.std) if entry else (cfg["mean"], cfg["std"])
+    if not VitEncoder.wraps(network):
+        return OpaqueEncoder(network, name=name, mean=mean, std=std, image_size=size, arch=arch)
+    position = entry.position if entry and entry.position else TIMM
+    return VitEncoder(network, name=name, mean=mean, std=std, position=position, patch_norm=patch_norm, arch=arch)
+
+
+def _in_timm(name: str, entry: Entry | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, arguments and pretrained configuration of a name in timm."""
+    if name.startswith(HUB_PREFIX):
+        config = read_hub_config(name)
+        return config["architecture"], config.get("model_args", {}), config["pretrained_cfg"]
+    architecture = entry.timm if name in ENTRIES and entry else name.removeprefix(TIMM_PREFIX)
+    cfg = timm.get_pretrained_cfg(architecture)
+    return architecture, entry.args if entry else {}, cfg.to_dict() if cfg else {}
+
+
+def _build_own(name: str, image_size: Size | None, arch: dict[str, Any]) -> Encoder:
+    network = _own_function(name)(**arch)
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{name} returns a {type(network).__name__}, not an nn.Module")
+    # Images come as they are, in [0, 1], unless a convention is given: nobody knows the network's own.
+    return OpaqueEncoder(
+        network, name=name, mean=(0, 0, 0), std=(1, 1, 1), image_size=image_size or 224, arch=arch, own=True
+    )
+
+
+def _own_function(name: str):
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` would have it
+    try:
+        function = getattr(importlib.import_module(module_name), attribute, None)
+    except Exception as error:  # an import runs the user's code
+        raise InputError(f"model {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise InputError(f"model {name!r}: {module_name} has no function {attribute!r}")
+    return function
+
+
+def _refuse_wrong_activation(timm_name: str) -> None:
+    """timm lists CLIP weights that were trained with QuickGELU under names that build GELU, too."""
+    architecture, _, tag = timm_name.partition(".")
+    right = architecture.replace("_clip_", "_clip_quickgelu_")
+    if tag and "_clip_" in architecture and "quickgelu" not in architecture and f"{right}.{tag}" in _with_weights():
+        raise InputError(
+            f"timm/{timm_name} builds GELU for weights that were trained with QuickGELU: use timm/{right}.{tag}"
+        )
+
+
+@lru_cache(maxsize=1)
+def _with_weights() -> frozenset[str]:
+    return frozenset(timm.list_models("*_clip_quickgelu_*", pretrained=True))
+
+
+def hub_repository(name: str) -> tuple[str, str | None]:
+    """Repository and revision of `hf-hub:owner/name[@revision]`."""
+    repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    return repository, revision or None
+
+
+def read_hub_config(name: str) -> dict[str, Any]:
+    """config.json of a hub repository, from the hub's cache; InputError where it is not there or not of timm."""
+    repository, revision = hub_repository(name)
+    try:
+        # Not hf_hub_download(local_files_only=True), which still asks the hub who is calling.
+        path = try_to_load_from_cache(repository, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    except ValueError as error:
+        raise InputError(f"{name}: {' '.join(str(error).split())}") from None
+    if not isinstance(path, str):
+        raise InputError(f"{name}: its config.json is not in the hub's cache; fetch it")
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        # Older files keep the pretrained configuration at the top.
+        config.setdefault("pretrained_cfg", config)
+        for key in ("mean", "std", "input_size"):
+            config["pretrained_cfg"][key]
+        known = timm.is_model(config["architecture"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{name}: its config.json is not that of a timm model") from None
+    if not known:
+        raise InputError(f"{name}: timm has no architecture {config['architecture']!r}")
+    return config

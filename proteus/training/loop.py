@@ -20,8 +20,6 @@ from proteus.engine.ema import build_ema
 from proteus.engine.schedule import scaled_rate
 from proteus.engine.update import build_optimizer, finite_step, set_rate
 from proteus.errors import InputError, RunError, UnreadableError
-from proteus.losses import Target
-from proteus.models import create_model
 from proteus.models.weights import save_encoder
 from proteus.training import start
 from proteus.training.board import Board
@@ -29,8 +27,8 @@ from proteus.training.plan import Plan
 from proteus.training.probe import Probe, split_source
 from proteus.training.state import Checkpoints, Progress
 from proteus.training.stop import Stop
-from proteus.training.task import Distillation
-from proteus.training.teacher import Teacher, build_teacher
+from proteus.training.task import build_task
+from proteus.training.teacher import build_teachers
 
 
 def train(cfg: Config, resume: str = "auto") -> int:
@@ -49,40 +47,30 @@ def train(cfg: Config, resume: str = "auto") -> int:
         processes=processes,
         accumulate=cfg.run.accumulate,
         repeats=cfg.data.repeats,
-        mask_probability=cfg.data.mask.probability if "patch" in cfg.active_losses else 0.0,
+        mask_probability=cfg.data.mask.probability if "patch" in cfg.computed_losses else 0.0,
         seed=cfg.run.seed,
     )
     plan = Plan.of(cfg, sampler)
 
     torch.manual_seed(cfg.run.seed)
-    size = cfg.data.image_size
-    teacher = build_teacher(cfg.teacher, size, accelerator) if cfg.teacher else None
-    student = create_model(cfg.student.name, checkpoint=cfg.student.checkpoint, image_size=size, **cfg.student.arch)
-    grid = start.check_grids(cfg, student, teacher)
-    start.check_masks(cfg, sampler, grid[0] * grid[1])
-    task = Distillation(
-        student,
-        cfg.active_losses,
-        teacher_dim=teacher.encoder.embed_dim if teacher else None,
-        num_classes=start.count_classes(source, teacher),
-        masked_per_process=sampler.masked / processes,
-    ).to(device)
+    teachers = build_teachers(cfg, accelerator)
+    student, sizes = start.build_student(cfg, teachers, accelerator)
+    patches = sizes.mask[0] * sizes.mask[1]
+    start.check_masks(cfg, sampler, patches)
+    num_classes = start.count_classes(cfg, source, teachers)
+    task = build_task(cfg, student, teachers, sizes, num_classes, sampler.masked / processes).to(device)
     ema = build_ema(student, cfg.ema.decay, plan.total_steps)
     base_rate = scaled_rate(cfg.optimizer.lr, cfg.optimizer.lr_batch, sampler.images_per_step)
     model, optimizer = accelerator.prepare(task, build_optimizer(task, cfg.optimizer))
     if cfg.student.compile:
-        # Blocks that differ in a constant (drop path) are compiled one by one, in training and in evaluation mode.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * student.num_blocks)
-        for block in student.vit.blocks:
-            block.compile()
+        start.compile_student(student)
 
     checkpoints = Checkpoints(directory, cfg.run.keep, task, optimizer, ema, accelerator)
     begin = Progress(images=len(source), images_per_step=sampler.images_per_step)
     progress, notes = start.resume_run(checkpoints, begin, resume, accelerator)
     notes += start.write_config(cfg, directory, accelerator, progress)
-    dataset = TrainingSet(
-        source, TrainTransform(size, cfg.data.augment), cfg.run.seed, grid[0] * grid[1], cfg.data.mask.ratio
-    )
+    transform = TrainTransform(sizes.crop, cfg.data.augment)
+    dataset = TrainingSet(source, transform, cfg.run.seed, patches, cfg.data.mask.ratio)
     batches = training_batches(dataset, sampler, progress.step, plan.total_steps, rank, cfg.data.workers)
     seen_bad = set(progress.bad_images)
 
@@ -91,11 +79,12 @@ def train(cfg: Config, resume: str = "auto") -> int:
         Board(accelerator, directory, progress.step, plan.total_steps, sampler.images_per_step) as board,
         Stop(accelerator) as stop,
     ):
-        for line in [*start.summarise(cfg, plan, student, teacher, source, sampler, base_rate, accelerator), *notes]:
+        summary = start.summarise(cfg, plan, student, teachers, sizes, source, sampler, base_rate, accelerator)
+        for line in (*summary, *notes):
             board.say(line)
         probe = None
         if held_out is not None and accelerator.is_main_process:
-            probe = Probe(cfg, source, held_out, task, teacher, device)
+            probe = Probe(cfg, source, held_out, task, teachers, device)
             if progress.step == 0:
                 _show_probe(probe, board, directory, 0)
         model.train()
@@ -111,10 +100,10 @@ def train(cfg: Config, resume: str = "auto") -> int:
                     batch = _next(batches, progress, checkpoints, processes)
                 seen_bad.update(batch.bad)
                 batch = batch.to(device)
-                target = _target(batch, teacher, cfg.temperature)
+                answers = [teacher.answer(batch.images) for teacher in teachers]
                 reduces = micro == cfg.run.accumulate - 1
                 with contextlib.nullcontext() if reduces else accelerator.no_sync(model):
-                    parts = model(batch.images, target)  # {"token": [], "patch": [], "feature": []}, weighted
+                    parts = model(batch.images, batch.mask, answers, batch.labels)  # {"token": [], ...}, weighted
                     accelerator.backward(sum(parts.values()) / cfg.run.accumulate)
                 losses.append(parts)
             norm, skipped = finite_step(accelerator, optimizer, cfg.optimizer.clip_grad)
@@ -158,12 +147,6 @@ def _next(batches: Iterator[Batch], progress: Progress, checkpoints: Checkpoints
         if processes == 1 and progress.step:  # the storage is gone, what was learnt need not be
             checkpoints.save(progress)
         raise
-
-
-def _target(batch: Batch, teacher: Teacher | None, temperature: float) -> Target:
-    features = teacher(batch.images) if teacher else None
-    logits = teacher.logits(features) if teacher and features else None
-    return Target(features, batch.mask, logits, batch.labels, temperature)  # type: ignore[arg-type]
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,15 +1,18 @@
 """Everything that is wrong with a run's inputs, at once, before anything is built or read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from proteus.config import Config
+from proteus.config import Config, Teacher
 from proteus.data.sources import check_roots
 from proteus.errors import InputError
 from proteus.losses import check_losses
+from proteus.models.attention import check_attention
 from proteus.models.zoo import check_name
 from proteus.training.teacher import RANDOM, find_weights
 
@@ -19,9 +22,9 @@ def check_inputs(cfg: Config, resume: str) -> None:
     checks: list[Callable[[], object]] = [
         lambda: check_losses(list(cfg.losses)),
         lambda: check_name(cfg.student.name),
-        lambda: _check_teacher(cfg),
+        *(partial(_check_teacher, key, teacher) for key, teacher in cfg.all_teachers.items()),
         lambda: _check_files(cfg, resume),
-        lambda: _check_precision(cfg),
+        lambda: _check_device(cfg),
         lambda: check_roots(cfg.data),
     ]
     lines: list[str] = []
@@ -34,23 +37,24 @@ def check_inputs(cfg: Config, resume: str) -> None:
         raise InputError(*lines)
 
 
-def _check_teacher(cfg: Config) -> None:
-    if cfg.teacher:
-        check_name(cfg.teacher.name)
-        if cfg.teacher.download:
-            return  # in its time, by one process a machine
-        try:
-            find_weights(cfg.teacher)
-        except InputError as error:
-            hint = "give its path as teacher.checkpoint=PATH, or teacher.download=true"
-            raise InputError(*(f"teacher {line}, {hint}" for line in error.lines)) from None
+def _check_teacher(key: str, cfg: Teacher) -> None:
+    check_name(cfg.name)
+    with _prefixed(f"{key}.losses: "):
+        check_losses(list(cfg.losses or {}))
+    if cfg.download:
+        return  # in its time, by one process a machine
+    try:
+        find_weights(cfg)
+    except InputError as error:
+        hint = f"give its path as {key}.checkpoint=PATH, or {key}.download=true"
+        raise InputError(*(f"{key} {line}, {hint}" for line in error.lines)) from None
 
 
 def _check_files(cfg: Config, resume: str) -> None:
     files = {"student.checkpoint": cfg.student.checkpoint}
-    if cfg.teacher:
-        files["teacher.head"] = cfg.teacher.head
-        files["teacher.checkpoint"] = None if cfg.teacher.checkpoint == RANDOM else cfg.teacher.checkpoint
+    for key, teacher in cfg.all_teachers.items():
+        files[f"{key}.head"] = teacher.head
+        files[f"{key}.checkpoint"] = None if teacher.checkpoint == RANDOM else teacher.checkpoint
     missing = [f"{key}={path}: no such file" for key, path in files.items() if path and not Path(path).is_file()]
     if resume not in ("auto", "never") and not Path(resume, "progress.json").is_file():
         missing.append(
@@ -60,7 +64,18 @@ def _check_files(cfg: Config, resume: str) -> None:
         raise InputError(*missing)
 
 
-def _check_precision(cfg: Config) -> None:
+def _check_device(cfg: Config) -> None:
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if cfg.run.precision == "fp16" and on_cpu:
         raise InputError("run.precision=fp16 needs a GPU, and there is none here: use bf16 or no")
+    with _prefixed("run."):
+        check_attention(cfg.run.attention, "cpu" if on_cpu else "cuda")
+
+
+@contextmanager
+def _prefixed(place: str) -> Iterator[None]:
+    """Put the key it belongs to before what is raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(place + line for line in error.lines)) from None

@@ -1,5 +1,6 @@
 """Seeing progress: on a fixed held-out set, how near the student is to its teacher and what its features are worth."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,11 +45,11 @@ class Probe:
         source: Source,
         held_out: Source,
         task: Distillation,
-        teacher: Teacher | None,
+        teachers: list[Teacher],
         device: torch.device,
     ):
-        self._cfg, self._task, self._teacher, self._device = cfg, task, teacher, device
-        size, crop, workers = cfg.data.image_size, cfg.probe.crop, cfg.data.workers
+        self._cfg, self._task, self._teachers, self._device = cfg, task, teachers, device
+        size, crop, workers = task.sizes.crop, cfg.probe.crop, cfg.data.workers
         self._held_out = load_images(held_out, size, crop, workers)
         if not len(self._held_out.images):
             raise InputError("probe: none of the held-out images can be read")
@@ -59,46 +60,54 @@ class Probe:
             numbers = np.array([number.get(name, -1) for name in held_out.classes])
             self._held_out = self._held_out._replace(labels=numbers[self._held_out.labels])
             self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), size, crop, workers)
-        self._teacher_knn: float | None = None
+        self._teacher_knn: dict[str, float] = {}
         self.pictures = min(cfg.probe.pictures, len(self._held_out.images))
         # Spread over the set: a sorted one starts with many images of one class.
         spread = torch.linspace(0, len(self._held_out.images) - 1, self.pictures).long()
         self._drawn = self._held_out.images[spread]
 
     def measure(self) -> dict[str, float]:
-        """The numbers, by name: cosine_cls, cosine_patch, knn_student, knn_teacher (each where it exists)."""
+        """The numbers, by name: cosine_cls, cosine_patch, knn_student, knn_teacher (each where it exists).
+
+        With several teachers, the teacher's name follows: cosine_cls/dinov2_vits14.
+        """
         self._task.eval()
         numbers = self._similarity()
         if self._bank is not None:
-            numbers["knn_student"] = self._knn(self._task.student, self._bank)
-            if self._teacher is not None:
-                if self._teacher_knn is None:
-                    self._teacher_knn = self._knn(self._teacher, self._bank)
-                numbers["knn_teacher"] = self._teacher_knn
+            numbers["knn_student"] = self._knn(self._task.encode, self._bank)
+            for suffix, teacher in zip(self._task.suffixes, self._teachers, strict=True):
+                if teacher.name not in self._teacher_knn:
+                    self._teacher_knn[teacher.name] = self._knn(teacher, self._bank)
+                numbers["knn_teacher" + suffix] = self._teacher_knn[teacher.name]
         self._task.train()
         return numbers
 
     @torch.no_grad()
     def picture(self, path: Path) -> np.ndarray:
-        """Principal components of a few fixed images, written to `path`; its pixels [H, W, 3]."""
+        """Principal components of a few fixed images, written to `path`; its pixels [H, W, 3]. Of the first teacher."""
         self._task.eval()
         pixels = self._drawn.to(self._device)
-        shared = self._task.reaches_patches
-        student = self._task.teacher_space(pixels) if shared else self._task.student(pixels)
-        teacher = self._teacher(pixels) if self._teacher else None
+        student, teacher, shared = self._task.encode(pixels), None, False
+        if self._teachers:
+            adaptor = self._task.adaptors[0]
+            teacher = _to_cpu(adaptor.teacher_space(self._teachers[0](pixels)))
+            if shared := adaptor.reaches_patches:
+                student = adaptor.student_space(student)
         self._task.train()
-        return components_picture(self._drawn, teacher and _to_cpu(teacher), _to_cpu(student), shared, path)
+        return components_picture(self._drawn, teacher, _to_cpu(student), shared, path)
 
+    @torch.no_grad()
     def _similarity(self) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        for images in self._held_out.images.split(64) if self._teacher else ():
+        sums: dict[str, float] = defaultdict(float)
+        for images in self._held_out.images.split(64) if self._teachers else ():
             pixels = images.to(self._device)
-            student, teacher = self._task.teacher_space(pixels), self._teacher(pixels)  # type: ignore[misc]
-            if "token" in self._task.heads:
-                sums["cosine_cls"] = sums.get("cosine_cls", 0.0) + _cosine(student.cls, teacher.cls).sum().item()
-            if self._task.reaches_patches:
-                cosine = _cosine(student.patch, teacher.patch).mean(dim=1).sum().item()
-                sums["cosine_patch"] = sums.get("cosine_patch", 0.0) + cosine
+            plain = self._task.encode(pixels)
+            for suffix, adaptor, teacher in zip(self._task.suffixes, self._task.adaptors, self._teachers, strict=True):
+                student, wanted = adaptor.compared(plain, teacher(pixels))
+                if "token" in adaptor.heads:
+                    sums["cosine_cls" + suffix] += _cosine(student.cls, wanted.cls).sum().item()
+                if adaptor.reaches_patches:
+                    sums["cosine_patch" + suffix] += _cosine(student.patch, wanted.patch).mean(dim=1).sum().item()
         return {name: total / len(self._held_out.images) for name, total in sums.items()}
 
     def _knn(self, encode: Callable[[Tensor], Features], bank: PlainImages) -> float:

@@ -14,8 +14,10 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
-from proteus.config import Config, dump_config
+from proteus.config import LABEL_CE, Config, dump_config
 from proteus.data.loader import count_masked
 from proteus.data.sampler import Sampler
 from proteus.data.sources import Source
@@ -24,8 +26,10 @@ from proteus.engine.lock import RunLock
 from proteus.engine.schedule import warmup_steps
 from proteus.errors import InputError
 from proteus.losses import LOSSES
-from proteus.models import Encoder
+from proteus.models import Encoder, create_model
+from proteus.models.attention import use_attention
 from proteus.training.plan import Plan
+from proteus.training.sizes import Sizes, describe_sizes, match_sizes
 from proteus.training.state import Checkpoints, Progress, list_checkpoints
 from proteus.training.teacher import Teacher
 
@@ -69,16 +73,54 @@ def take_lock(directory: Path, accelerator: Accelerator) -> RunLock | None:
     return lock
 
 
-def count_classes(source: Source, teacher: Teacher | None) -> int | None:
-    """Outputs of the student's classifier, should a loss want one: the teacher's classes, else the labels'."""
-    if teacher is not None and teacher.head is not None:
-        return teacher.head.num_classes
+def build_student(cfg: Config, teachers: list[Teacher], accelerator: Accelerator) -> tuple[Encoder, Sizes]:
+    """The student, its grid fixed by the image size that its teachers lead to, and all sizes."""
+
+    def create(image_size: int) -> Encoder:
+        section = cfg.student
+        return create_model(section.name, checkpoint=section.checkpoint, image_size=image_size, **section.arch)
+
+    asked = cfg.student.image_size
+    first = cfg.data.image_size if asked == "auto" else asked
+    student = create(first)
+    sizes = match_sizes(cfg, student, teachers)
+    if sizes.student != first:  # what leads to the size, the patch, is a fact of the network
+        torch.manual_seed(cfg.run.seed)
+        student = create(sizes.student)
+    if cfg.student.grad_checkpointing:
+        student.set_grad_checkpointing(True)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        student = convert_sync_batchnorm(student)
+    use_attention(student.network, cfg.run.attention)
+    return student, sizes
+
+
+def compile_student(student: Encoder) -> None:
+    """Compile its parts one by one, for training and for evaluation mode: blocks may differ in a constant."""
+    parts = student.compile_parts()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
+    for part in parts:
+        part.compile()
+
+
+def count_classes(cfg: Config, source: Source, teachers: list[Teacher]) -> int | None:
+    """Outputs of the student's classifier, should a loss want one: the teachers' classes, else the labels'."""
+    counts = {
+        f"{key}.head": teacher.head.num_classes
+        for key, teacher in zip(cfg.all_teachers, teachers, strict=True)
+        if teacher.head
+    }
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{key} {count}" for key, count in counts.items())
+        raise InputError(f"the student has one classifier, and its teachers' differ in their classes: {told}")
+    if counts:
+        return next(iter(counts.values()))
     return None if source.labels is None else int(source.labels.max()) + 1
 
 
 def check_labels(cfg: Config, source: Source) -> None:
     """InputError where a loss needs labels and the data has none."""
-    for name in cfg.active_losses:
+    for name in cfg.computed_losses:
         if LOSSES[name].needs_labels and source.labels is None:
             raise InputError(
                 f"losses.{name} needs labels, and data.root={cfg.data.root} has none (root/<class>/<image> would)"
@@ -88,27 +130,11 @@ def check_labels(cfg: Config, source: Source) -> None:
 def check_masks(cfg: Config, sampler: Sampler, patches: int) -> None:
     """InputError where the patch loss would never see a masked patch."""
     mask = cfg.data.mask
-    if "patch" in cfg.active_losses and not (sampler.masked and count_masked(patches, mask.ratio)):
+    if "patch" in cfg.computed_losses and not (sampler.masked and count_masked(patches, mask.ratio)):
         raise InputError(
             f"losses.patch: data.mask.probability={mask.probability} and ratio={mask.ratio} mask {sampler.masked} of "
             f"{sampler.global_batch} images and {count_masked(patches, mask.ratio)} of {patches} patches; raise them"
         )
-
-
-def check_grids(cfg: Config, student: Encoder, teacher: Teacher | None) -> tuple[int, int]:
-    """The student's patch grid; InputError where a patch does not divide the image or the teacher's grid differs."""
-    size = cfg.data.image_size
-    try:
-        grid = student.grid_of(size, size)
-        teacher_grid = teacher.encoder.grid_of(size, size) if teacher else grid
-    except ValueError as error:
-        raise InputError(f"data.image_size={size}: {error}") from None
-    if teacher_grid != grid and {"feature", "patch"} & set(cfg.active_losses):
-        raise InputError(
-            f"the losses on patches compare patch by patch: at data.image_size={size} the student's grid is "
-            f"{grid[0]} x {grid[1]}, the teacher's {teacher_grid[0]} x {teacher_grid[1]}; give them the same patch size"
-        )
-    return grid
 
 
 def resume_run(
@@ -195,28 +221,50 @@ def summarise(
     cfg: Config,
     plan: Plan,
     student: Encoder,
-    teacher: Teacher | None,
+    teachers: list[Teacher],
+    sizes: Sizes,
     source: Source,
     sampler: Sampler,
     rate: float,
     accelerator: Accelerator,
 ) -> list[str]:
-    """What the run is, in four lines."""
+    """What the run is, in a few lines."""
 
     def size(encoder: Encoder) -> str:
         return f"{encoder.name} ({sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M)"
 
+    def weighted(losses: dict[str, float]) -> list[str]:
+        return [" + ".join(f"{weight:g} {name}" for name, weight in losses.items())] if losses else []
+
+    learnt = {name: weight for name, weight in cfg.active_losses.items() if name == LABEL_CE}
+    lines = [] if teachers else ["teacher  none"]
+    for teacher, section in zip(teachers, cfg.all_teachers.values(), strict=True):
+        losses = cfg.losses_of(section)
+        if len(teachers) == 1:
+            learnt, losses = losses | learnt, {}
+        facts = [size(teacher.encoder), *weighted(losses), *(["standardised"] if section.standardize else [])]
+        lines.append(f"teacher  {', '.join(facts)}")
+    lines.append(f"student  {', '.join([size(student), *weighted(learnt)])}")
     warmup = warmup_steps(cfg.schedule, plan.steps_per_epoch)
     warning = [f"warning: the warm-up of {warmup} steps takes the whole run"] if warmup >= plan.total_steps else []
-    losses = " + ".join(f"{weight:g} {name}" for name, weight in cfg.active_losses.items())
     batch = f"{sampler.processes} x {sampler.batch_size} x {sampler.accumulate}"
     precision = "float32" if cfg.run.precision == "no" else cfg.run.precision
     return [
-        f"teacher  {size(teacher.encoder) if teacher else 'none'}",
-        f"student  {size(student)}, {losses}",
-        f"data     {len(source):,} images at {cfg.data.image_size} px, batch {sampler.images_per_step} ({batch}), "
-        f"lr {rate:.2e}",
+        *lines,
+        *describe_sizes(cfg, sizes, teachers),
+        *describe_norms(student, accelerator),
+        f"data     {len(source):,} images at {sizes.crop} px, batch {sampler.images_per_step} ({batch}), lr {rate:.2e}",
         f"run      {plan.total_steps:,} steps of {plan.steps_per_epoch:,} an epoch, {accelerator.device.type}, "
         f"{precision}, in {cfg.run.dir}",
         *warning,
     ]
+
+
+def describe_norms(student: Encoder, accelerator: Accelerator) -> list[str]:
+    """A line where the student has batch statistics: of which batch."""
+    modules = list(student.modules())
+    if any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+        return [f"norm     SyncBatchNorm over {accelerator.num_processes} processes"]
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+        return ["norm     BatchNorm per process"]
+    return []

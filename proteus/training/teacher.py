@@ -1,17 +1,21 @@
-"""The frozen teacher, outside of everything that trains, is wrapped, or is saved."""
+"""The frozen teachers, outside of everything that trains, is wrapped, or is saved."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from proteus import config
+from proteus.config import Config
 from proteus.models import Encoder, create_model
+from proteus.models.attention import use_attention
 from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from proteus.models.features import Features
 from proteus.models.heads import TeacherHead
 from proteus.models.weights import find_official
+from proteus.training.resize import resize_images
 
 RANDOM = "random"  # teacher.checkpoint: an untrained network, for trying things out
 
@@ -23,26 +27,47 @@ CONVENTIONS = {
 }
 
 
-class Teacher:
-    """A frozen encoder and, for losses on logits, its classifier. Not a module, so that no module can hold it."""
+class Answer(NamedTuple):
+    """What a teacher says about B images: its Features, and [B, K] of its classifier (None where it has none)."""
 
-    def __init__(self, encoder: Encoder, head: TeacherHead | None, accelerator: Accelerator, dtype: str):
+    features: Features
+    logits: Tensor | None
+
+
+class Teacher:
+    """A frozen encoder and, for losses on logits, its classifier. Not a module, so that no module can hold it.
+
+    name:       what it is called on screen and in the log.
+    image_size: pixels it sees; larger images are resized to it.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: TeacherHead | None,
+        accelerator: Accelerator,
+        dtype: str,
+        image_size: int,
+        name: str,
+    ):
         self.encoder = encoder.freeze().to(accelerator.device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
         self.head = head.to(accelerator.device) if head else None
+        self.image_size, self.name = image_size, name
         # auto: float32 weights, computing in the run's precision, as the student does.
         self._autocast = accelerator.autocast if dtype == "auto" else contextlib.nullcontext
 
     # no_grad, not inference_mode: a loss saves its inputs for backward, and inference tensors refuse that.
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Features of images [B, 3, H, W] in [0, 1]."""
+        """Features of images [B, 3, S, S], uint8 or float in [0, 1]."""
         with self._autocast():
-            return self.encoder(images)
+            return self.encoder(resize_images(images, self.image_size))
 
     @torch.no_grad()
-    def logits(self, features: Features) -> Tensor | None:
-        """The classifier's logits [B, K]; None where there is none."""
-        return self.head(features) if self.head else None
+    def answer(self, images: Tensor) -> Answer:
+        """Features and logits of images [B, 3, S, S]."""
+        features = self(images)
+        return Answer(features, self.head(features) if self.head else None)
 
 
 def find_weights(cfg: config.Teacher) -> str | None:
@@ -52,15 +77,29 @@ def find_weights(cfg: config.Teacher) -> str | None:
     return cfg.checkpoint or str(find_official(cfg.name, cfg.download))
 
 
-def build_teacher(cfg: config.Teacher, image_size: int, accelerator: Accelerator) -> Teacher:
-    """The teacher of a config, with its weights, on its device."""
+def build_teachers(cfg: Config, accelerator: Accelerator) -> list[Teacher]:
+    """The teachers of a config, with their weights, on their device."""
+    teachers: list[Teacher] = []
+    for section in cfg.all_teachers.values():
+        name, copy = section.name, 2
+        while name in [teacher.name for teacher in teachers]:
+            name, copy = f"{section.name}_{copy}", copy + 1
+        size = section.image_size or cfg.data.image_size
+        teachers.append(_build_teacher(section, size, name, cfg.run.attention, accelerator))
+    return teachers
+
+
+def _build_teacher(
+    cfg: config.Teacher, image_size: int, name: str, attention: config.Attention, accelerator: Accelerator
+) -> Teacher:
     mean, std = CONVENTIONS[cfg.normalize]
     with accelerator.local_main_process_first():  # which fetches them, should that be asked for
         checkpoint = find_weights(cfg)
     size = image_size if checkpoint is None else None
     encoder = create_model(cfg.name, checkpoint=checkpoint, image_size=size, mean=mean, std=std, **cfg.arch)
+    use_attention(encoder.network, attention)
     head = TeacherHead(cfg.head, encoder.embed_dim) if cfg.head else None
-    teacher = Teacher(encoder, head, accelerator, cfg.dtype)
+    teacher = Teacher(encoder, head, accelerator, cfg.dtype, image_size, name)
     if cfg.compile:
         teacher.encoder.compile()
     return teacher

@@ -343,7 +343,8 @@ def test_encoders_of_other_conventions_see_the_same_picture():
             "timm/vit_tiny_patch16_224", image_size=32, mean=mean, std=std, embed_dim=12, depth=1, num_heads=2
         )
         fed = []
-        handle = encoder.vit.patch_embed.proj.register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0]))
+        embed = encoder.network.patch_embed.proj
+        handle = embed.register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0]))
         with torch.no_grad():
             encoder(images)
         handle.remove()

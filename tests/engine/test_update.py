@@ -12,7 +12,8 @@ from torch import nn
 from proteus.config import Optimizer
 from proteus.engine.update import build_optimizer, finite_step, set_rate
 from proteus.models import create_model
-from proteus.training.task import Distillation
+from proteus.training.sizes import Sizes
+from proteus.training.task import Adaptor, Distillation
 
 CONFIG = Optimizer(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
 
@@ -76,7 +77,9 @@ def test_what_is_decayed():
     student = create_model(
         "timm/vit_tiny_patch16_224", image_size=32, embed_dim=32, depth=2, num_heads=2, init_values=1.0, reg_tokens=1
     )
-    task = Distillation(student, {"token": 1.0, "patch": 1.0, "feature": 1.0}, 48)
+    grid = (2, 2)
+    adaptor = Adaptor(32, 48, {"token": 1.0, "patch": 1.0, "feature": 1.0}, grid, standardize=True)
+    task = Distillation(student, {"teacher": adaptor}, Sizes(32, 32, grid, [grid], [grid], grid))
     optimizer = build_optimizer(task, Optimizer(weight_decay=0.07, lr=2e-4, betas=(0.8, 0.9), eps=1e-5))
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -86,10 +89,14 @@ def test_what_is_decayed():
     assert {value for name, value in decay.items() if name not in plain} == {0.07}
     kinds = {name for name in decay if name.endswith(("bias", "gamma")) or ".norm" in name}
     assert plain == kinds
-    assert {"student.vit.blocks.0.ls1.gamma", "student.vit.norm.weight", "heads.token.norm.weight"} <= plain
+    assert {
+        "student.network.blocks.0.ls1.gamma",
+        "student.network.norm.weight",
+        "adaptors.0.heads.token.norm.weight",
+    } <= plain
     for name in ("pos_embed", "cls_token", "reg_token", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight"):
-        assert f"student.vit.{name}" not in plain
-    assert not {"student.mask_token", "heads.patch.linear.weight"} & plain
+        assert f"student.network.{name}" not in plain
+    assert not {"student.mask_token", "adaptors.0.heads.patch.linear.weight"} & plain
 
 
 def test_the_optimizer_is_fused_adamw_with_the_configs_numbers():

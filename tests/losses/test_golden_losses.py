@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from proteus.data.sampler import Sampler
-from proteus.losses import Target
 from proteus.models import load_checkpoint
-from proteus.training.task import Distillation
+from proteus.training.sizes import Sizes
+from proteus.training.task import Adaptor, Distillation
+from proteus.training.teacher import Answer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "proteus_losses.safetensors"
 LOSSES = {"token": 1.0, "patch": 1.0, "feature": 1.0}
@@ -34,16 +35,19 @@ def networks(golden, tmp_path_factory):
 
 
 def build_task(networks, golden, masked_per_process, losses=None):
-    task = Distillation(networks[0], losses or LOSSES, 48, masked_per_process=masked_per_process)
+    size = golden["image"].shape[-1]
+    grid = networks[0].grid_of(size, size)
+    adaptor = Adaptor(networks[0].embed_dim, 48, losses or LOSSES, grid, masked_per_process=masked_per_process)
+    task = Distillation(networks[0], {"teacher": adaptor}, Sizes(size, size, grid, [grid], [grid], grid))
     task.zero_grad()
     heads = {key.removeprefix("heads."): value for key, value in golden.items() if key.startswith("heads.")}
-    task.heads.load_state_dict({key: value for key, value in heads.items() if key.split(".")[0] in task.heads})
+    adaptor.heads.load_state_dict({key: value for key, value in heads.items() if key.split(".")[0] in adaptor.heads})
     return task
 
 
 @torch.no_grad()
-def target_of(teacher, images, mask):
-    return Target(teacher(images), mask)
+def answers_of(teacher, images):
+    return [Answer(teacher(images), None)]
 
 
 def assert_gradients(golden, gradients):
@@ -51,7 +55,8 @@ def assert_gradients(golden, gradients):
     for key, expected in golden.items():
         if not key.startswith("grad."):
             continue
-        name = key.removeprefix("grad.").replace("student.", "student.vit.").replace("vit.mask_token", "mask_token")
+        name = key.removeprefix("grad.").replace("student.", "student.network.").replace("heads.", "adaptors.0.heads.")
+        name = name.replace("network.mask_token", "mask_token")
         found = gradients[name]
         if name.endswith("attn.qkv.bias"):
             # Softmax does not see the key bias: its gradient is zero but for rounding.
@@ -67,8 +72,8 @@ def assert_gradients(golden, gradients):
 
 def test_losses_and_gradients_agree(networks, golden):
     task = build_task(networks, golden, MASKED)
-    target = target_of(networks[1], golden["image"], golden["mask"][:MASKED].bool())
-    losses = task(golden["image"], target)
+    mask, answers = golden["mask"][:MASKED].bool(), answers_of(networks[1], golden["image"])
+    losses = task(golden["image"], mask, answers)
     assert losses.keys() == LOSSES.keys()
     for name, value in losses.items():
         assert value.item() == pytest.approx(golden[f"loss.{name}"].item(), abs=1e-5)
@@ -90,7 +95,7 @@ def test_the_mean_over_processes_is_the_global_batch(networks, golden, processes
         images, mask = golden["image"][rank::processes], golden["mask"][rank:MASKED:processes].bool()
         assert len(mask) == sum(draw.masked for draw in sampler.micro_batch(0, 0, rank))
         held += len(mask)
-        losses = task(images, target_of(networks[1], images, mask))
+        losses = task(images, mask, answers_of(networks[1], images))
         (sum(losses.values()) / processes).backward()  # summed up in .grad, as DDP averages
         for name, value in losses.items():
             means[name] += value.item() / processes
@@ -103,8 +108,8 @@ def test_the_mean_over_processes_is_the_global_batch(networks, golden, processes
 def test_weights_scale_their_loss(networks, golden):
     weights = {"token": 0.5, "patch": 2.0, "feature": 3.0}
     task = build_task(networks, golden, MASKED, weights)
-    target = target_of(networks[1], golden["image"], golden["mask"][:MASKED].bool())
-    for name, value in task(golden["image"], target).items():
+    mask, answers = golden["mask"][:MASKED].bool(), answers_of(networks[1], golden["image"])
+    for name, value in task(golden["image"], mask, answers).items():
         assert value.item() == pytest.approx(weights[name] * golden[f"loss.{name}"].item(), abs=5e-5)
 
 
@@ -120,9 +125,9 @@ def test_weights_scale_their_loss(networks, golden):
 )
 def test_a_subset_of_losses_keeps_its_numbers_and_builds_its_heads_only(networks, golden, losses, heads):
     task = build_task(networks, golden, MASKED, losses)
-    assert set(task.heads) == heads
-    target = target_of(networks[1], golden["image"], golden["mask"][:MASKED].bool())
-    values = task(golden["image"], target)
+    assert set(task.adaptors[0].heads) == heads
+    mask, answers = golden["mask"][:MASKED].bool(), answers_of(networks[1], golden["image"])
+    values = task(golden["image"], mask, answers)
     assert values.keys() == losses.keys()
     for name, value in values.items():
         assert value.item() == pytest.approx(golden[f"loss.{name}"].item(), abs=1e-5)
@@ -131,11 +136,11 @@ def test_a_subset_of_losses_keeps_its_numbers_and_builds_its_heads_only(networks
 @pytest.mark.parametrize("masked_per_process", [0.0, 1.5], ids=["nowhere", "on other processes"])
 def test_without_masked_images_the_patch_loss_is_zero_and_moves_nothing(networks, golden, masked_per_process):
     task = build_task(networks, golden, masked_per_process)
-    losses = task(golden["image"], target_of(networks[1], golden["image"], torch.zeros(0, 64, dtype=torch.bool)))
+    losses = task(golden["image"], torch.zeros(0, 64, dtype=torch.bool), answers_of(networks[1], golden["image"]))
     assert losses["patch"].item() == 0
     losses["patch"].backward(retain_graph=True)
     gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
     assert all((gradient == 0).all() for gradient in gradients)  # not NaN
     sum(losses.values()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in task.parameters() if parameter.grad is not None)
-    assert task.heads["token"].linear.weight.grad.abs().max() > 0
+    assert task.adaptors[0].heads["token"].linear.weight.grad.abs().max() > 0

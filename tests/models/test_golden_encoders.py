@@ -47,10 +47,10 @@ def test_final_tokens_agree(network, case, grid):
 def test_register_tokens_agree(network, case):
     encoder, golden = network
     if f"{case}.reg" not in golden:
-        assert encoder.vit.num_reg_tokens == 0
+        assert encoder.network.num_reg_tokens == 0
         return
     outputs = []
-    hook = encoder.vit.norm.register_forward_hook(lambda module, args, output: outputs.append(output))
+    hook = encoder.network.norm.register_forward_hook(lambda module, args, output: outputs.append(output))
     encoder(golden[f"{case}.image"])
     hook.remove()
     assert difference(outputs[0][:, 1:5], golden[f"{case}.reg"]) < 1e-5

@@ -1,5 +1,6 @@
 """Official weights: found where they are, described where they are not, fetched only when asked for."""
 
+import hashlib
 import http.server
 import socket
 import threading
@@ -10,8 +11,8 @@ import pytest
 from proteus.config import Config
 from proteus.errors import InputError
 from proteus.models import create_model
+from proteus.models.entries import ENTRIES
 from proteus.models.weights import find_official
-from proteus.models.zoo import ENTRIES
 from proteus.training.preflight import check_inputs
 
 
@@ -108,9 +109,9 @@ def test_weights_in_the_hubs_cache_are_found(caches):
 
 def test_without_a_network_a_download_is_an_input_error(caches):
     folder, asked = caches
-    with pytest.raises(InputError, match=r"https://dl.fbaipublicfiles.com/.*checkpoint"):
-        create_model("dinov2_vits14", pretrained=True)
-    assert asked == ["dl.fbaipublicfiles.com"]
+    with pytest.raises(InputError, match=r"https://www.dropbox.com/.*synclr_vit_b_16\.pth.*checkpoint"):
+        create_model("synclr_vitb16", pretrained=True)
+    assert asked == ["www.dropbox.com"]
     assert files_under(folder) == []
 
 
@@ -141,7 +142,7 @@ def publisher(monkeypatch):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/dinov2_vits14_pretrain.pth"
-    monkeypatch.setitem(ENTRIES, "dinov2_vits14", replace(ENTRIES["dinov2_vits14"], url=url))
+    monkeypatch.setitem(ENTRIES, "dinov2_vits14", replace(ENTRIES["dinov2_vits14"], tag=None, official=url))
     yield server
     server.shutdown()
     thread.join()
@@ -160,3 +161,53 @@ def test_a_download_that_breaks_off_leaves_no_file(caches, publisher):
     with pytest.raises(InputError, match="checkpoint"):
         find_official("dinov2_vits14", download=True)
     assert files_under(caches[0]) == []
+
+
+def test_a_file_with_another_checksum_is_no_download(caches, publisher, monkeypatch):
+    entry = ENTRIES["dinov2_vits14"]
+    monkeypatch.setitem(ENTRIES, "dinov2_vits14", replace(entry, sha256=hashlib.sha256(b"other").hexdigest()))
+    with pytest.raises(InputError, match=f"its SHA-256 is {hashlib.sha256(b'w' * 1000).hexdigest()}, not"):
+        find_official("dinov2_vits14", download=True)
+    assert files_under(caches[0]) == []
+    monkeypatch.setitem(ENTRIES, "dinov2_vits14", replace(entry, sha256=hashlib.sha256(b"w" * 1000).hexdigest()))
+    assert find_official("dinov2_vits14", download=True).is_file()
+
+
+def test_a_licence_that_is_not_open_is_told_once_and_only_when_weights_are_fetched(
+    caches, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def fetch(repository, file, revision=None):
+        asked.append((repository, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("proteus.models.weights.hf_hub_download", fetch)
+    monkeypatch.setattr("proteus.models.weights._told", set())
+    with pytest.raises(InputError, match="fetch them"):
+        find_official("mae_vitb16", download=False)
+    assert capsys.readouterr() == ("", "")
+    for name in ("mae_vitb16", "mae_vitb16", "dinov2_vits14", "timm/vit_base_patch16_dinov3.lvd1689m", "dino_vits16"):
+        find_official(name, download=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "mae_vitb16: these weights come under cc-by-nc-4.0; see that your use is allowed",
+        "timm/vit_base_patch16_dinov3.lvd1689m: these weights come under dinov3-license; see that your use is allowed",
+    ]
+    assert asked == [
+        ("timm/vit_base_patch16_224.mae", "model.safetensors"),
+        ("timm/vit_base_patch16_224.mae", "model.safetensors"),
+        ("timm/vit_small_patch14_dinov2.lvd142m", "model.safetensors"),
+        ("timm/vit_base_patch16_dinov3.lvd1689m", "model.safetensors"),
+        ("timm/vit_small_patch16_224.dino", "model.safetensors"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["clip_vitl14", "openclip_vith14_dfn5b", "siglip2_vitb16_224", "dinov3_convnext_tiny"])
+def test_weights_are_looked_for_under_the_name_the_hub_has(caches, name):
+    """timm's QuickGELU names have their weights under the plain ones."""
+    entry = ENTRIES[name]
+    repository = f"timm/{entry.timm.replace('quickgelu_', '')}.{entry.tag}"
+    with pytest.raises(InputError, match=rf"model\.safetensors of {repository} in the hub's cache"):
+        find_official(name, download=False)

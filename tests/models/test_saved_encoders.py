@@ -145,7 +145,7 @@ def test_half_precision_on_disk(tmp_path):
     stored = load_file(tmp_path / "half.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     loaded = load_checkpoint(str(tmp_path / "half.safetensors"))
-    for key, value in encoder.vit.state_dict().items():
-        assert torch.equal(loaded.vit.state_dict()[key], value.half().float()), key
-        assert loaded.vit.state_dict()[key].dtype == torch.float32
-    assert {value.dtype for value in encoder.vit.state_dict().values()} == {torch.float32}
+    for key, value in encoder.network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[key], value.half().float()), key
+        assert loaded.network.state_dict()[key].dtype == torch.float32
+    assert {value.dtype for value in encoder.network.state_dict().values()} == {torch.float32}

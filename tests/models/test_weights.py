@@ -92,7 +92,7 @@ def test_what_is_read_off_the_shapes(tmp_path):
     encoder = load_checkpoint(str(tmp_path / "giant.pth"), num_heads=4)
     assert (encoder.embed_dim, encoder.num_blocks, encoder.num_heads) == (48, 3, 4)
     assert (encoder.patch_size, encoder.image_size) == (14, 518)
-    assert encoder.vit.num_prefix_tokens == 5
+    assert encoder.network.num_prefix_tokens == 5
     assert (encoder.mean, encoder.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -121,7 +121,7 @@ def test_an_unknown_head_count_is_asked_for(tmp_path, dinov2):
 
 def test_a_known_shape_has_its_head_count_from_the_zoo(tmp_path):
     student = create_model("proteus_vitt14", image_size=28)
-    save_file(student.vit.state_dict(), tmp_path / "bare.safetensors")  # no metadata
+    save_file(student.network.state_dict(), tmp_path / "bare.safetensors")  # no metadata
     loaded = load_checkpoint(str(tmp_path / "bare.safetensors"))
     assert loaded.num_heads == 3
     assert_same_network(loaded, student, (28, 28))

@@ -1,5 +1,8 @@
 """The zoo's facts against what is published of each network."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -33,7 +36,7 @@ def count(module) -> int:
         ("dinov2_*", DINOV2),
         ("*_reg", [name for name in DINOV2 if name.endswith("_reg")]),
         ("proteus_*", PROTEUS),
-        ("*_vits14", ["dinov2_vits14", "proteus_vits14"]),
+        ("[dp]*_vits14", ["dinov2_vits14", "proteus_vits14"]),
         ("dinov2_vit[sb]14", ["dinov2_vitb14", "dinov2_vits14"]),
         ("no_such_*", []),
     ],
@@ -74,14 +77,14 @@ def test_shapes(name):
     assert (encoder.embed_dim, encoder.num_blocks, encoder.num_heads) == SHAPES[size]
     assert (encoder.patch_size, encoder.image_size) == (14, native)
     assert encoder.native_grid == (native // 14, native // 14)
-    assert encoder.vit.num_prefix_tokens == (5 if name.endswith("_reg") else 1)
+    assert encoder.network.num_prefix_tokens == (5 if name.endswith("_reg") else 1)
     assert (encoder.mean, encoder.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert {norm.eps for norm in encoder.modules() if isinstance(norm, torch.nn.LayerNorm)} == {1e-6}
     assert encoder.name == name
 
 
 def test_the_giant_has_swiglu():
-    mlp = on_meta("dinov2_vitg14").vit.blocks[0].mlp
+    mlp = on_meta("dinov2_vitg14").network.blocks[0].mlp
     assert list(mlp.fc1.weight.shape) == [8192, 1536]
     assert list(mlp.fc2.weight.shape) == [1536, 4096]
     assert isinstance(mlp.act, torch.nn.SiLU)
@@ -111,11 +114,11 @@ def test_the_image_size_sets_the_native_grid(size, grid):
     encoder = on_meta("proteus_vitt14", image_size=size)
     assert encoder.native_grid == grid
     assert encoder.image_size == size
-    assert encoder.vit.pos_embed.shape[1] == 1 + grid[0] * grid[1]
+    assert encoder.network.pos_embed.shape[1] == 1 + grid[0] * grid[1]
 
 
 def test_drop_path_grows_with_depth():
-    blocks = on_meta("proteus_vits14", drop_path=0.11).vit.blocks
+    blocks = on_meta("proteus_vits14", drop_path=0.11).network.blocks
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
     assert rates == pytest.approx([0.01 * i for i in range(12)])
 
@@ -156,3 +159,16 @@ def test_a_name_like_no_other_is_still_an_input_error():
 def test_impossible_options_are_named(name, options, word):
     with pytest.raises(InputError, match=word):
         create_model(name, **options)
+
+
+def test_importing_is_quiet_and_lean():
+    """What a script pays for that only wants an encoder. (Its seconds are no test: benchmarks measure.)"""
+    script = """
+import sys
+from proteus.models import create_model
+create_model("proteus_vits14")
+heavy = ("datasets", "tensorboard", "xformers", "sklearn", "torchmetrics", "accelerate", "onnx", "matplotlib")
+sys.exit(", ".join(name for name in heavy if name in sys.modules) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

@@ -21,7 +21,7 @@ def test_the_shipped_teacher_is_small_and_knows_digits():
     score = table.measure("teacher", teacher, cfg)
     assert score.linear > 0.97
     assert score.knn > 0.97
-    assert sum(p.numel() for p in student.vit.parameters()) <= score.parameters / 3
+    assert sum(p.numel() for p in student.network.parameters()) <= score.parameters / 3
 
 
 def test_the_demo_learns_without_labels():

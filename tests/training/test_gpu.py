@@ -10,6 +10,10 @@ from tests.training.conftest import read_log
 
 pytestmark = pytest.mark.gpu
 
+# Plain, and with images, masks and patch tokens resized and standardised on the device.
+RESIZED = ("teacher.image_size=24", "student.image_size=16", "teacher.standardize=true")
+settings = pytest.mark.parametrize("settings", [(), RESIZED], ids=["plain", "resized"])
+
 
 @pytest.fixture(autouse=True)
 def on_the_gpu(run_here, monkeypatch):
@@ -30,7 +34,8 @@ def test_compiled_networks_learn(run_here, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_the_step_does_not_wait_for_the_device(run_here):
+@settings
+def test_the_step_does_not_wait_for_the_device(run_here, settings):
     torch.cuda.set_sync_debug_mode("error")
     try:
         # One interval without logging in it; what start-up and the end of a run do is theirs.
@@ -45,16 +50,17 @@ def test_the_step_does_not_wait_for_the_device(run_here):
 
         loop._seed_step = only_inside
         torch.cuda.set_sync_debug_mode("default")
-        assert run_here("run.precision=bf16", "run.log_every=100", "run.save_every=100") == 0
+        assert run_here("run.precision=bf16", "run.log_every=100", "run.save_every=100", *settings) == 0
         assert len(shown) == 12
     finally:
         loop._seed_step = seed_step
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_killed_on_the_gpu_ends_bit_identical(trainer):
+@settings
+def test_killed_on_the_gpu_ends_bit_identical(trainer, settings):
     prelude = "import os\nos.environ['ACCELERATE_USE_CPU'] = 'false'"
-    settings = ("schedule.steps=40", "run.deterministic=true")
+    settings = ("schedule.steps=40", "run.deterministic=true", *settings)
     whole = trainer("whole", *settings, prelude=prelude)
     assert whole.wait() == 0, whole.output()
     killed = trainer("killed", *settings, prelude=prelude)

@@ -84,7 +84,7 @@ def test_logits_of_a_teacher_head_are_learnt(run_here, teacher_head, tmp_path):
     rows = read_log(tmp_path / "run")
     assert rows[-1]["loss_logits_kl"] < 0.5 * rows[0]["loss_logits_kl"]
     model = load_file(tmp_path / "run/checkpoints/step_60/model.safetensors")
-    assert model["heads.logits.weight"].shape == (7, 16)
+    assert model["classifier.weight"].shape == (7, 16)
 
 
 def test_labels_and_logits_together_and_labels_without_a_teacher(run_here, tmp_path):

@@ -11,10 +11,10 @@ RECORD = """
 import os, torch
 from proteus.training.task import Distillation
 forward, seen = Distillation.forward, []
-def record(self, images, target):
-    seen.append((images.clone(), target.mask.clone()))
+def record(self, images, mask, *others):
+    seen.append((images.clone(), mask.clone()))
     torch.save(seen, os.environ["PROTEUS_SEEN"] + os.environ.get("RANK", "0"))
-    return forward(self, images, target)
+    return forward(self, images, mask, *others)
 Distillation.forward = record
 """
 

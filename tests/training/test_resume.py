@@ -132,7 +132,7 @@ def test_the_newest_checkpoints_are_kept_and_hold_no_teacher(run_here, tmp_path)
     folders = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert folders == ["step_10", "step_12"]
     keys = load_file(tmp_path / "run/checkpoints/step_12/model.safetensors").keys()
-    assert {key.split(".")[0] for key in keys} == {"student", "heads"}
+    assert {key.split(".")[0] for key in keys} == {"student", "adaptors"}
 
 
 def test_a_half_written_checkpoint_is_left_out_with_a_warning(run_here, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_an_average_begun_on_resume_begins_at_the_student(run_here, tmp_path):
     student, average = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("student", "student_ema"))
     before = load_file(tmp_path / "run/checkpoints/step_10/model.safetensors")
     key = "blocks.0.mlp.fc1.weight"
-    expected = (before[f"student.vit.{key}"] + student[key]) / 2
+    expected = (before[f"student.network.{key}"] + student[key]) / 2
     torch.testing.assert_close(average[key], expected, atol=1e-7, rtol=0)
 
 

@@ -1,0 +1,224 @@
+"""A network as an encoder without a look inside: images go in, tokens or a map come out."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClNormMlpClassifierHead, NormMlpClassifierHead
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from proteus.errors import InputError
+from proteus.models.encoder import Encoder
+from proteus.models.features import Features
+
+LARGE = 256  # pixels, a multiple of every usual stride
+
+
+class OpaqueEncoder(Encoder):
+    """Convnets, hierarchical transformers, and a user's own network.
+
+    The network returns Features, tokens [B, P + N, D] or a map [B, D, h, w]. Width and grid are what a dry run
+    returns. A map's mean stands in for the class token. Masked patches are masked in the pixels: the cells of the
+    patch grid are filled with a learned colour.
+
+    own: the user's network, called as it is; its tokens begin with a class token. timm's are asked for their features.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int | tuple[int, int],
+        arch: dict[str, Any] | None = None,
+        own: bool = False,
+    ):
+        super().__init__(network, 3, name=name, mean=mean, std=std, arch=arch)
+        self._own = own
+        self.image_size = image_size
+        self.num_blocks = len(getattr(network, "feature_info", ())) if not own else 0
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        try:
+            features = self._dry_run(height, width, freeze_unused=True)
+        except Exception as error:  # whatever the network may raise
+            raise InputError(f"{name} does not take images of {height} x {width}: {_one_line(error)}") from error
+        self.embed_dim = features.patch.shape[-1]
+        self.patch_size = self._stride(height // features.grid[0])
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Features:
+        """As Encoder's."""
+        x = self.normalise(images)  # [B, 3, H, W]
+        if mask is not None:
+            x = self._masked(x, mask)
+        return self._features(x)
+
+    def forward_pair(self, images: Tensor, mask: Tensor) -> tuple[Features, Features]:
+        """As Encoder's. Both views share a batch, and its statistics where the network has BatchNorm."""
+        x = self.normalise(images)  # [B, 3, H, W]
+        both = self._features(torch.cat([x, self._masked(x[: len(mask)], mask)]))
+        views = zip(both.cls.split([len(x), len(mask)]), both.patch.split([len(x), len(mask)]), strict=True)
+        plain, masked = (Features(cls, patch, both.grid) for cls, patch in views)
+        return plain, masked
+
+    def intermediate(self, images: Tensor, layers: int | Sequence[int], norm: bool = True) -> list[Features]:
+        """As Encoder's: maps of timm's stages, each in its own width and grid."""
+        if not hasattr(self.network, "forward_intermediates") or self._own:
+            raise ValueError(f"{self.name} does not show what is between its input and its output")
+        indices = self._wanted(layers)
+        x = self.normalise(images).to(self._dtype)
+        maps = self.network.forward_intermediates(x, sorted(set(indices)), norm=norm, intermediates_only=True)
+        by_index = dict(zip(sorted(set(indices)), maps, strict=True))  # index -> [B, d, h, w]
+        return [Features(None, _flat(by_index[index]), tuple(by_index[index].shape[-2:])) for index in indices]  # type: ignore[arg-type]
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """As Encoder's."""
+        if (height, width) not in self._grids:
+            try:
+                self._dry_run(height, width)
+            except Exception as error:
+                reason = _one_line(error)
+                raise ValueError(f"{self.name} does not take images of {height} x {width}: {reason}") from None
+        return self._grids[height, width]
+
+    def param_groups(self, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """As Encoder's, by timm's order of the network's layers."""
+        if not hasattr(self.network, "group_matcher"):
+            if layer_decay != 1:
+                raise ValueError(f"{self.name} does not say which layer comes first: layer_decay needs that")
+            return [{"params": list(self.parameters()), "lr_scale": 1.0}]
+        depth = group_parameters(self.network, self.network.group_matcher(coarse=False), reverse=True)
+        groups: dict[int, list[nn.Parameter]] = {max(depth.values()): [self.mask_token]}
+        for name, parameter in self.network.named_parameters():
+            groups.setdefault(max(depth.values()) - depth[name], []).append(parameter)
+        return [{"params": groups[height], "lr_scale": layer_decay**height} for height in sorted(groups)]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As Encoder's; InputError for a network that cannot."""
+        try:
+            self.network.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError):
+            raise InputError(f"{self.name} has no gradient checkpointing") from None
+
+    def compile_parts(self) -> list[nn.Module]:
+        """The network's outermost parts."""
+        return list(self.network.children())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.mask_token.dtype
+
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Normalised images [M, 3, H, W] with the cells of mask [M, N] filled."""
+        size = (x.shape[-2], x.shape[-1])
+        cells = mask.unflatten(1, self.grid_of(*size)).unsqueeze(1)  # [M, 1, h, w]
+        pixels = F.interpolate(cells.float(), size=size, mode="nearest") > 0  # [M, 1, H, W]
+        return torch.where(pixels, self.mask_token.to(x.dtype).view(1, 3, 1, 1), x)
+
+    def _features(self, x: Tensor) -> Features:
+        """Normalised images [B, 3, H, W] through the network."""
+        network, aspect = self.network, x.shape[-2] / x.shape[-1]
+        x = x.to(self._dtype)
+        out = network(x) if self._own else network.forward_features(x)
+        if isinstance(out, Features):
+            return out
+        if not isinstance(out, Tensor) or out.ndim not in (3, 4):
+            shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InputError(f"{self.name} returns {shape}: not Features, tokens [B, 1 + N, D] or a map [B, D, h, w]")
+        if out.ndim == 3:
+            return _read_tokens(self._token_norm(out), self._prefix(out.shape[1], aspect), aspect, self.name)
+        if str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC"):
+            out = out.permute(0, 3, 1, 2)
+        norm = self._map_norm()
+        cls = norm(out.mean(dim=(2, 3), keepdim=True)).flatten(1)
+        return Features(cls, _flat(norm(out)), (out.shape[2], out.shape[3]))
+
+    def _map_norm(self) -> nn.Module:
+        """The norm that timm keeps behind the pool, in the head (ConvNeXt): the mean gets it, and each cell."""
+        head = None if self._own else getattr(self.network, "head", None)
+        if isinstance(head, NormMlpClassifierHead) and isinstance(head.pre_logits, nn.Identity):
+            return head.norm
+        return nn.Identity()
+
+    def _token_norm(self, tokens: Tensor) -> Tensor:
+        network = self.network
+        if self._own:
+            return tokens
+        if isinstance(getattr(network, "head", None), ClNormMlpClassifierHead):
+            return network.head.norm(tokens)
+        behind_pool = isinstance(getattr(network, "norm", None), nn.Identity) and hasattr(network, "fc_norm")
+        return network.fc_norm(tokens) if behind_pool else tokens
+
+    def _prefix(self, tokens: int, aspect: float) -> int:
+        """How many of the tokens come before the patches."""
+        declared = getattr(self.network, "num_prefix_tokens", None)
+        if declared is not None:
+            return declared
+        return 1 if self._own or _grid_of(tokens, aspect) is None else 0
+
+    def _stride(self, otherwise: int) -> int:
+        """Pixels to a cell, at a size that shows it (of 16 pixels a stride of 32 makes one cell, too)."""
+        with contextlib.suppress(Exception):  # a network of one size only
+            return LARGE // self._dry_run(LARGE, LARGE).grid[0]
+        return otherwise
+
+    def _dry_run(self, height: int, width: int, freeze_unused: bool = False) -> Features:
+        """Features of one image in evaluation mode; of timm's networks in shapes alone, with nothing computed.
+
+        freeze_unused: freeze the parameters that Features do not depend on (a classifier's last layers). They cannot
+        learn, and data-parallel training stops at a parameter that gets no gradient.
+        """
+        from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports that a ViT does not need
+
+        training = self.training
+        self.eval()
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) if not self._own else contextlib.nullcontext():
+                with torch.set_grad_enabled(freeze_unused):
+                    out = self._features(torch.zeros(1, 3, height, width, device=self.mask_token.device))
+                if freeze_unused:
+                    _freeze_unused(self.network, out)
+        finally:
+            self.train(training)
+        self._grids[height, width] = out.grid
+        return out
+
+
+def _freeze_unused(network: nn.Module, features: Features) -> None:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    total = features.cls.sum() + features.patch.sum()
+    if not parameters or not total.requires_grad:
+        return
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # [B, D, h, w] to [B, h * w, D]
+
+
+def _grid_of(tokens: int, aspect: float) -> tuple[int, int] | None:
+    """The grid (h, w) of that many patches whose sides are as the image's, height / width; None where none is."""
+    height = max(1, round((tokens * aspect) ** 0.5))
+    width = round(height / aspect)
+    return (height, width) if height * width == tokens else None
+
+
+def _read_tokens(tokens: Tensor, prefix: int, aspect: float, name: str) -> Features:
+    """Tokens [B, P + N, D], class token first, as Features; the patches' mean stands in for a missing class token."""
+    patch = tokens[:, prefix:]
+    grid = _grid_of(patch.shape[1], aspect)
+    if grid is None:
+        raise InputError(f"{name} returns {tokens.shape[1]} tokens: the {patch.shape[1]} patches make no grid")
+    return Features(tokens[:, 0] if prefix else patch.mean(dim=1), patch, grid)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
