@@ -21,7 +21,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
-        "timm>=1.0.20",
+        "timm>=1.0.31",
         XFORMERS,
         "accelerate>=1.2",
         "datasets>=3.0",

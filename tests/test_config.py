@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from proteus.config import CONFIGS, dump_config, load_config
+from proteus.config_files import CONFIGS, dump_config, load_config
 from proteus.errors import InputError
 
 # base/ holds parts of configs; transfer/ belongs to another command.
@@ -191,7 +191,7 @@ def test_a_loss_of_weight_zero_is_not_active():
 
 
 def test_checking_a_config_does_not_wait_for_torch():
-    code = "import sys, proteus.config as c; c.load_config('demo.yaml'); sys.exit('torch' in sys.modules)"
+    code = "import sys, proteus.config_files as c; c.load_config('demo.yaml'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 

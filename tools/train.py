@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from proteus.config import load_config
+from proteus.config_files import load_config
 from proteus.errors import InputError, RunError, UnreadableError
 
 

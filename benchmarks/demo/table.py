@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from proteus.config import Config, load_config
+from proteus.config import Config
+from proteus.config_files import load_config
 from proteus.data.sources import build_source
 from proteus.errors import InputError
 from proteus.evaluation.features import class_tokens, load_images

@@ -220,6 +220,8 @@ def _declare(
     encoder.image_size = image_size or (tuple(told) if isinstance(told, list) else told) or encoder.image_size
     if isinstance(encoder, VitEncoder) and "position" in facts:
         encoder.position = PositionRule(*facts["position"])
+    if isinstance(encoder, VitEncoder) and "patch_norm" not in encoder.arch:
+        encoder.patch_norm = facts.get("patch_norm", encoder.patch_norm)
     encoder.set_convention(
         facts.get("mean", encoder.mean) if mean is None else mean, facts.get("std", encoder.std) if std is None else std
     )

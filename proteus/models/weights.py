@@ -17,7 +17,7 @@ import timm
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -138,7 +138,8 @@ def save_encoder(encoder: Encoder, path: str | Path, dtype: torch.dtype | None =
             "norm_eps": encoder.norm_eps,
             "patch_norm": encoder.patch_norm,
         }
-    save_file(state, path, metadata={"format": "pt", "proteus": json.dumps(facts)})
+    # Not save_file, whose files only their owner may read.
+    Path(path).write_bytes(save(state, metadata={"format": "pt", "proteus": json.dumps(facts)}))
 
 
 def metadata_facts(metadata: dict[str, str], source: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def build(name: str, image_size: Size | None = None, arch: dict[str, Any] | None
 
 def _build_timm(name: str, image_size: Size | None, arch: dict[str, Any]) -> Encoder:
     entry = entry_of(name)
-    architecture, defaults, cfg = _in_timm(name, entry)
+    architecture, defaults, cfg = in_timm(name)
     options = {**defaults, **arch}
     for key in NOT_ARGUMENTS:
         if key in options:
@@ -126,11 +126,13 @@ def _build_timm(name: str, image_size: Size | None, arch: dict[str, Any]) -> Enc
     return VitEncoder(network, name=name, mean=mean, std=std, position=position, patch_norm=patch_norm, arch=arch)
 
 
-def _in_timm(name: str, entry: Entry | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Architecture, arguments and pretrained configuration of a name in timm."""
+def in_timm(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, arguments and pretrained configuration in timm of a name that is not a user's function."""
     if name.startswith(HUB_PREFIX):
         config = read_hub_config(name)
-        return config["architecture"], config.get("model_args", {}), config["pretrained_cfg"]
+        args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
+        return config["architecture"], args, config["pretrained_cfg"]
+    entry = entry_of(name)
     architecture = entry.timm if name in ENTRIES and entry else name.removeprefix(TIMM_PREFIX)
     cfg = timm.get_pretrained_cfg(architecture)
     return architecture, entry.args if entry else {}, cfg.to_dict() if cfg else {}

@@ -17,7 +17,8 @@ from accelerate.utils import (
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from proteus.config import LABEL_CE, Config, dump_config
+from proteus.config import LABEL_CE, Config
+from proteus.config_files import dump_config
 from proteus.data.loader import count_masked
 from proteus.data.sampler import Sampler
 from proteus.data.sources import Source

@@ -161,7 +161,8 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "models--lab--net" / "refs" / "main").write_text("1" * 40)
     save_file(network.state_dict(), snapshot / "model.safetensors")
     cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64], "fixed_input_size": True}
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": args, "pretrained_cfg": cfg}
+    told = {**args, "num_classes": 0}  # as timm writes them
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": told, "pretrained_cfg": cfg}
     (snapshot / "config.json").write_text(json.dumps(config))
     return network
 

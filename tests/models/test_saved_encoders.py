@@ -149,3 +149,18 @@ def test_half_precision_on_disk(tmp_path):
         assert torch.equal(loaded.network.state_dict()[key], value.half().float()), key
         assert loaded.network.state_dict()[key].dtype == torch.float32
     assert {value.dtype for value in encoder.network.state_dict().values()} == {torch.float32}
+
+
+def test_whether_patches_are_normed_is_kept_under_another_name(tmp_path):
+    arch = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    save_encoder(create_model("clip_vitb16", image_size=32, **arch), tmp_path / "clip.safetensors")
+    name, path = "timm/vit_base_patch16_clip_quickgelu_224.metaclip_400m", str(tmp_path / "clip.safetensors")
+    assert create_model(name, **arch).patch_norm
+    assert not create_model(name, checkpoint=path, **arch).patch_norm
+    assert create_model(name, checkpoint=path, patch_norm=True, **arch).patch_norm
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
+    save_encoder(create_model("proteus_vitt14", depth=1), tmp_path / "a.safetensors")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode

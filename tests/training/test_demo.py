@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.demo import table
-from proteus.config import load_config
+from proteus.config_files import load_config
 from proteus.models import create_model
 from tests.training.conftest import ROOT
 

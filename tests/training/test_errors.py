@@ -162,7 +162,7 @@ def test_a_diverging_run_stops_names_the_steps_and_leaves_its_checkpoint(complai
 
 def test_a_step_skipped_now_and_then_is_no_reason_to_stop():
     """fp16 skips about one step in 2,000 as long as it runs, to find out how large its loss scale may be."""
-    from proteus.config import load_config
+    from proteus.config_files import load_config
     from proteus.errors import RunError
     from proteus.training.loop import _check_health
     from proteus.training.state import Progress

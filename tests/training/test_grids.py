@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from proteus.config import load_config
+from proteus.config_files import load_config
 from proteus.losses import LOSSES, Projected, Target
 from proteus.models import create_model, load_checkpoint
 from proteus.models.features import Features, resize_patches

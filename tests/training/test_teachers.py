@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from proteus.config import Optimizer, load_config
+from proteus.config import Optimizer
+from proteus.config_files import load_config
 from proteus.engine.update import build_optimizer
 from proteus.losses import LOSSES, Projected, Target
 from proteus.models.encoder import CLIP_MEAN

@@ -1,0 +1,159 @@
+"""Reading a run's YAML file into the typed tree of `config`.
+
+A file may start from another (`base: other.yaml`), the command line may override any key (`a.b=c`), and whatever
+does not fit the tree is one clear line that names the key. Nothing here imports torch: a typo is reported at once.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from proteus.config import Config
+from proteus.errors import InputError, nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-4 is a number, 2024-01-02 and no are texts, and a key stands once."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":bool"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(name: str, overrides: list[str] | None = None) -> Config:
+    """Read `name` (a path, or a file under `configs/`), apply `key=value` overrides and check the whole.
+
+    Raises `InputError` with a line for each thing that is wrong.
+    """
+    path = _find(name, Path.cwd())
+    tree = _read(path)
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(*_explain(error, path.name)) from None
+    if config.run.dir is None:
+        config.run.dir = f"runs/{path.stem}"
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML; `load_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(name: str, beside: Path) -> Path:
+    for path in (beside / name, CONFIGS / name):
+        if path.is_file():
+            return path
+    known = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")]
+    raise InputError(f"config {name!r} is neither a file nor a name under {CONFIGS}{nearest(name, known)}")
+
+
+def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    path = path.resolve()
+    if path in children:
+        raise InputError(f"{path}: base leads back to the file itself")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read(_find(str(base), path.parent), (*children, path)), tree)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r} is not an override: write key=value, such as run.batch_size=64")
+    *parents, leaf = key.split(".")
+    branch: Any = tree  # a mapping, or a list, whose places are numbers: teachers.1.checkpoint
+    for parent in parents:
+        place = _place(branch, parent, key)
+        below = branch[place] if isinstance(branch, list) else branch.get(place)
+        if not isinstance(below, dict | list):
+            below = branch[place] = {}
+        branch = below
+    try:
+        parsed = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        parsed = value
+    branch[_place(branch, leaf, key)] = parsed
+
+
+def _place(branch: dict[str, Any] | list[Any], part: str, key: str) -> Any:
+    if isinstance(branch, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(branch):
+        raise InputError(f"{key}: {part} is no place in a list of {len(branch)}, which are counted from 0")
+    return int(part)
+
+
+def _explain(error: ValidationError, file: str) -> list[str]:
+    lines = []
+    keys = list(_keys(Config))
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            # The key may be misspelt, or right but in the wrong section.
+            leaf = key.rsplit(".", 1)[-1]
+            elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == leaf]
+            close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)
+            hint = f"; did you mean {close[0]!r}?" if close else nearest(key, keys)
+            lines.append(f"{file}: unknown key {key!r}{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{file}: {key} is missing")
+        elif problem["type"] == "value_error":
+            lines.append(f"{file}: {_placed(key, message)}")
+        else:
+            lines.append(f"{file}: {key}: {message[:1].lower()}{message[1:]}, not {problem['input']!r}")
+    return lines
+
+
+def _placed(key: str, message: str) -> str:
+    """A validator's words behind the key it belongs to; one of a section may begin with the field it means."""
+    if not key:
+        return message
+    return f"{key}.{message}" if re.match("[a-z_]+: ", message) else f"{key}: {message}"
+
+
+def _keys(section: type[BaseModel], prefix: str = ""):
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")
