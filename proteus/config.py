@@ -13,6 +13,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+Flag = Annotated[bool, Field(strict=True)]
 NonNegative = Annotated[float, Field(ge=0)]
 Attention = Literal["auto", "xformers", "sdpa"]
 
@@ -21,6 +22,8 @@ def _network_arguments(arch: dict[str, Any]) -> dict[str, Any]:
     for key in ("name", "checkpoint", "pretrained", "image_size", "img_size", "mean", "std"):
         if key in arch:
             raise ValueError(f"{key} is not an argument of the network; the image size is image_size, beside arch")
+    if "attention" in arch:
+        raise ValueError("attention is run.attention")
     return arch
 
 
@@ -45,14 +48,14 @@ class Teacher(Section):
 
     name: str
     checkpoint: str | None = None  # a local file; otherwise the official one, if it is on disk
-    download: bool = False  # fetch the official weights when they are not on disk
+    download: Flag = False  # fetch the official weights when they are not on disk
     image_size: Positive | None = None  # pixels it sees; null: data.image_size
     normalize: Literal["own", "imagenet", "clip", "none"] = "own"  # the authors give every teacher ImageNet's
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: computes in the run's precision
     losses: dict[str, NonNegative] | None = None  # its own weights; null: the run's
-    standardize: bool = False  # bring each dimension of its tokens to mean 0 and variance 1
+    standardize: Flag = False  # bring each dimension of its tokens to mean 0 and variance 1
     head: str | None = None  # a linear classifier on the teacher's features, for the losses on logits
-    compile: bool = False
+    compile: Flag = False
     arch: Arch = {}  # arguments of the network, for `timm/...` names
 
 
@@ -62,8 +65,8 @@ class Student(Section):
     name: str
     checkpoint: str | None = None  # start from these weights instead of random ones
     image_size: PixelsOrAuto = "auto"  # auto: what gives the teacher's grid, for losses on patches
-    grad_checkpointing: bool = False  # compute activations again in backward instead of keeping them
-    compile: bool = False
+    grad_checkpointing: Flag = False  # compute activations again in backward instead of keeping them
+    compile: Flag = False
     arch: Arch = {}
 
 
@@ -74,7 +77,7 @@ class Source(Section):
     root: str | None = None  # a folder; for `hf` a local path or a hub id; for `image` one image file
     split: str | None = None  # folder: a subfolder of root; hf, digits: the split's name
     labels: Literal["auto", "ignore"] = "auto"
-    download: bool = False  # hf: may fetch from the hub what is not on disk
+    download: Flag = False  # hf: may fetch from the hub what is not on disk
     classes: Share = 1.0  # keep a seeded share of the classes
     images_per_class: Share = 1.0  # keep a seeded share of the images of each class
     crops: Positive = 1_281_167  # image: how many fixed crops of the one image stand for a set
@@ -186,7 +189,7 @@ class Run(Section):
     keep: Positive = 3  # checkpoints
     max_nonfinite: Annotated[int, Field(ge=0)] = 100  # skipped steps among the last 1,000 at which the run stops
     attention: Attention = "auto"  # auto: xformers' kernels where they are installed and work
-    deterministic: bool = False  # bit-identical runs on a GPU too, for some speed
+    deterministic: Flag = False  # bit-identical runs on a GPU too, for some speed
 
 
 class Config(Section):
@@ -223,6 +226,8 @@ class Config(Section):
         for key, teacher in self.all_teachers.items():
             if teacher.losses and teacher.losses.get(LABEL_CE):
                 raise ValueError(f"{key}.losses.{LABEL_CE} has nothing to do with a teacher: give it in losses")
+            if not self.losses_of(teacher):
+                raise ValueError(f"{key} teaches nothing: give a loss that needs it a weight above 0, or take it away")
             if "logits_kl" in self.losses_of(teacher) and not teacher.head:
                 raise ValueError(f"losses.logits_kl needs {key}.head: the file of a linear classifier on the teacher")
         return self

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from proteus.models.position import DINOV2, DINOV2_REGISTERS, RADIO, RADIO_ALIGNED, TIMM, PositionRule
+from proteus.models.position import DINOV2, DINOV2_REGISTERS, PE, RADIO, RADIO_ALIGNED, TIMM, PositionRule
 
 HALF = (0.5, 0.5, 0.5)
 SATELLITE_MEAN, SATELLITE_STD = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
@@ -242,7 +242,11 @@ def _mae_dino_sam() -> dict[str, Entry]:
 
 
 def _radio() -> dict[str, Entry]:
-    """The features have no final norm, by design. Whether corners align differs between the released versions."""
+    """The features have no final norm, by design. Whether corners align differs between the released versions.
+
+    It has a class token for each of its own teachers, and its published summary puts several of them side by side; the
+    class token here is the first.
+    """
     facts: dict[str, Any] = {
         "final_norm": "none",
         "mean": CLIP_MEAN,
@@ -264,7 +268,10 @@ def _radio() -> dict[str, Entry]:
 
 
 def _pe() -> dict[str, Entry]:
-    """Perception Encoder: core is pooled by attention; spatial has no final norm."""
+    """Perception Encoder: core is pooled by attention; spatial has no final norm.
+
+    At another size its rotary positions go on counting, where timm scales them to the native grid.
+    """
     shapes = {
         "vitt16": ("tiny_patch16", 192, 12, 3, 16, 384, 512),
         "vits16": ("small_patch16", 384, 12, 6, 16, 384, 512),
@@ -276,6 +283,7 @@ def _pe() -> dict[str, Entry]:
     for short, (word, width, depth, heads, patch, core, spatial) in shapes.items():
         shape = (width, depth, heads, patch)
         facts: dict[str, Any] = {"norm_eps": 1e-5, "mean": HALF, "std": HALF, "prefix": 0 if short == "vitg14" else 1}
+        facts["position"] = PE
         entries[f"pe_core_{short}"] = _entry(f"vit_pe_core_{word}_{core}", "fb", *shape, core, cls="attention", **facts)
         entries[f"pe_spatial_{short}"] = _entry(
             f"vit_pe_spatial_{word}_{spatial}", "fb", *shape, spatial,

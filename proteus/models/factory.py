@@ -1,21 +1,27 @@
 """`create_model` by name and `load_checkpoint` by file: every network comes through here."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 
-from proteus.errors import InputError
+from proteus.errors import InputError, nearest
 from proteus.models import weights
 from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Encoder, square_or_pair
 from proteus.models.entries import ENTRIES
+from proteus.models.facts import Facts, read_facts
 from proteus.models.layouts import State, layout_of, to_timm_layout
-from proteus.models.position import DINOV2, DINOV2_REGISTERS, TIMM, PositionRule
+from proteus.models.position import DINOV2, DINOV2_REGISTERS, TIMM
 from proteus.models.vit import VitEncoder
-from proteus.models.zoo import build, is_known, is_own
+from proteus.models.zoo import HUB_PREFIX, build, is_known, is_own
 
 Family = Literal["auto", "proteus", "dinov2", "dino", "synclr", "clip", "openclip", "timm"]
 Size = int | tuple[int, int]
+
+# Arguments that leave the function of a trained network as it is, or are asked for to change it.
+FREE = ("drop_path", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_norm")
 
 
 def create_model(
@@ -48,9 +54,24 @@ def create_model(
     if pretrained and checkpoint is None:
         checkpoint = str(weights.find_official(name, download=True))
     if checkpoint is None:
-        return _declare(build(name, image_size, arch), {}, None, mean, std)
+        return _declare(build(name, image_size, arch), None, None, mean, std)
     state, metadata = weights.read_checkpoint(checkpoint)
-    return _load(name, arch, state, weights.metadata_facts(metadata, checkpoint), checkpoint, image_size, mean, std)
+    facts = read_facts(metadata, checkpoint)
+    if facts:
+        if name.startswith(HUB_PREFIX):
+            name = facts.name if not is_own(facts.name) else name  # a repository that `export` has written
+        arch = _agreed(name, arch, facts, checkpoint)
+    return _load(name, arch, state, facts, checkpoint, image_size, mean, std)
+
+
+def _agreed(name: str, arch: dict[str, Any], facts: Facts, path: str) -> dict[str, Any]:
+    """The file's arguments and the caller's; InputError where they are of two networks."""
+    if name != facts.name:
+        raise InputError(f"{path} is of {facts.name}, not {name}: give that name, or load_checkpoint only the file")
+    for key, value in json.loads(json.dumps(arch, default=str)).items():  # as a file would have them
+        if key in facts.arch and key not in FREE and facts.arch[key] != value:
+            raise InputError(f"{path} is of a network with {key}={facts.arch[key]!r}, not {value!r}")
+    return facts.arch | arch
 
 
 def load_checkpoint(
@@ -76,42 +97,73 @@ def load_checkpoint(
 
     InputError where the file is no vision transformer, does not fit, or leaves open what it is.
     """
+    if family not in get_args(Family):
+        raise InputError(f"unknown family {family!r}{nearest(family, get_args(Family))}")
     state, metadata = weights.read_checkpoint(path)
-    facts = weights.metadata_facts(metadata, path)
-    if is_own(facts.get("name", "")):
+    facts = read_facts(metadata, path)
+    if facts and is_own(facts.name):
         # A file could name any function there is: only a caller may say whose code runs.
-        raise InputError(f"{path} is of a network of your own: create_model({facts['name']!r}, checkpoint={path!r})")
-    if is_known(facts.get("name", "")) and num_heads is None and norm_eps is None:
-        return _load(facts["name"], facts["arch"], state, facts, path, image_size, mean, std)
-    layout = layout_of(state)
-    family = _family(layout, to_timm_layout(state), path) if family == "auto" else family
-    name, arch = _infer(to_timm_layout(state), family, num_heads or facts.get("num_heads"), path)
+        raise InputError(f"{path} is of a network of your own: create_model({facts.name!r}, checkpoint={path!r})")
+    if facts and is_known(facts.name) and num_heads is None and norm_eps is None:
+        return _load(facts.name, facts.arch, state, facts, path, image_size, mean, std)
+    with _tensors_of(path):
+        layout, state = layout_of(state), to_timm_layout(state)
+        family = _family(family, layout, state, path)
+        name, arch = _infer(state, family, num_heads or (facts.num_heads if facts else None), path)
     if norm_eps is not None:
         arch["norm_eps"] = norm_eps
-    return _load(name, arch, state, _conventions(family, state) | facts, path, image_size, mean, std)
+    encoder = _load(name, arch, state, facts, path, image_size, mean, std)
+    return encoder if facts else _by_family(encoder, family, mean, std)
 
 
 def _load(
     name: str,
     arch: dict[str, Any],
     state: State,
-    facts: dict[str, Any],
+    facts: Facts | None,
     path: str,
     image_size: Size | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Encoder:
-    encoder = build(name, _native_size(name, state, facts, path, image_size, arch), arch)
-    weights.load_into(encoder, state, path)
+    with _tensors_of(path):
+        size = _native_size(name, state, facts, path, image_size, arch)
+    encoder = build(name, size, arch)
+    with _tensors_of(path):
+        weights.load_into(encoder, state, path)
     return _declare(encoder, facts, image_size, mean, std)
 
 
-def _family(layout: str, state: State, path: str) -> Family:
-    if layout == "clip":
+@contextlib.contextmanager
+def _tensors_of(path: str) -> Iterator[None]:
+    """Whatever odd tensors of a file lead to is one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path} does not hold the tensors of a network ({reason})") from None
+
+
+def _family(family: Family, layout: str, state: State, path: str) -> Family:
+    """The family of a file, off its keys and shapes where `auto` asks; InputError where it cannot be the one given."""
+    if layout == "clip" and family == "auto":
         raise InputError(
             f"{path} has the keys of a CLIP, and whose it is cannot be seen: give family='clip' (OpenAI's, QuickGELU) "
             "or family='openclip' (GELU), or its name to create_model"
         )
+    is_clip = "norm_pre.weight" in state
+    possible: dict[str, tuple[Family, ...]] = {
+        "synclr": ("synclr", "timm"),
+        "dinov2": ("dinov2", "proteus", "timm"),
+        "dinov3": ("dinov2",),
+    }
+    allowed = ("clip", "openclip") if is_clip else possible.get(layout, ("proteus", "dinov2", "dino", "synclr", "timm"))
+    if family != "auto":
+        if family not in allowed:
+            raise InputError(f"{path} is not of the family {family}: its tensors are those of {' or '.join(allowed)}")
+        return family
     if layout != "timm":
         return "synclr" if layout == "synclr" else "dinov2"
     patch_size = state["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in state else 0
@@ -119,18 +171,17 @@ def _family(layout: str, state: State, path: str) -> Family:
     return "dinov2" if is_dinov2 or "reg_token" in state else "timm"
 
 
-def _conventions(family: Family, state: State) -> dict[str, Any]:
-    """Position rule and statistics of a family."""
-    if family in ("clip", "openclip", "synclr"):
-        return {"position": DINOV2 if family == "synclr" else TIMM, "mean": CLIP_MEAN, "std": CLIP_STD}
-    if family == "timm":
-        return {"position": TIMM, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    has_registers = "register_tokens" in to_timm_layout(state) or "reg_token" in to_timm_layout(state)
-    return {
-        "position": DINOV2_REGISTERS if has_registers else DINOV2,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-    }
+def _by_family(encoder: Encoder, family: Family, mean: Sequence[float] | None, std: Sequence[float] | None) -> Encoder:
+    """Position rule and statistics of a family, for a file that says nothing of them."""
+    assert isinstance(encoder, VitEncoder)
+    if family in ("proteus", "dinov2"):
+        encoder.position = DINOV2_REGISTERS if encoder.network.reg_token is not None else DINOV2
+    else:
+        encoder.position = DINOV2 if family in ("synclr", "dino") else TIMM
+    of_clip = family in ("clip", "openclip", "synclr")
+    usual = (CLIP_MEAN, CLIP_STD) if of_clip else (IMAGENET_MEAN, IMAGENET_STD)
+    encoder.set_convention(usual[0] if mean is None else mean, usual[1] if std is None else std)
+    return encoder
 
 
 def _infer(state: State, family: Family, num_heads: int | None, path: str) -> tuple[str, dict[str, Any]]:
@@ -188,20 +239,22 @@ def _prefix(state: State) -> int:
 
 
 def _native_size(
-    name: str, state: State, facts: dict[str, Any], path: str, image_size: Size | None, arch: dict[str, Any]
+    name: str, state: State, facts: Facts | None, path: str, image_size: Size | None, arch: dict[str, Any]
 ) -> Size | None:
     """Image size (pixels) at which a file's position embedding lives; a square grid where the file does not say."""
-    state = to_timm_layout(state)
-    if is_own(name) or "pos_embed" not in state or state["pos_embed"].ndim != 3:
-        return image_size
+    wanted = image_size or (facts.image_size if facts else None)
+    state = state if is_own(name) else to_timm_layout(state)
+    if is_own(name) or "pos_embed" not in state:
+        return wanted
     with torch.device("meta"):
         encoder = build(name, image_size, arch)
+    shape = state["pos_embed"].shape
     if not isinstance(encoder, VitEncoder):
-        return image_size
-    if "native_grid" in facts:
-        height, width = facts["native_grid"]
-        return square_or_pair((height * encoder.patch_size, width * encoder.patch_size))
-    patches = state["pos_embed"].shape[1] - _prefix(state)
+        is_map = len(shape) == 4 and shape[1] == shape[2]  # [1, h, w, D], as SAM has it
+        return shape[1] * encoder.patch_size if is_map else wanted
+    if facts and facts.native_grid:
+        return square_or_pair([side * encoder.patch_size for side in facts.native_grid])
+    patches = shape[1] - _prefix(state)
     side = round(patches**0.5)
     if side * side != patches:
         raise InputError(f"{path}: a position embedding for {patches} patches is not of a square grid")
@@ -210,19 +263,17 @@ def _native_size(
 
 def _declare(
     encoder: Encoder,
-    facts: dict[str, Any],
+    facts: Facts | None,
     image_size: Size | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Encoder:
     """Set the image size and conventions: as the caller says, else the file, else as the network was built."""
-    told = facts.get("image_size")
-    encoder.image_size = image_size or (tuple(told) if isinstance(told, list) else told) or encoder.image_size
-    if isinstance(encoder, VitEncoder) and "position" in facts:
-        encoder.position = PositionRule(*facts["position"])
-    if isinstance(encoder, VitEncoder) and "patch_norm" not in encoder.arch:
-        encoder.patch_norm = facts.get("patch_norm", encoder.patch_norm)
-    encoder.set_convention(
-        facts.get("mean", encoder.mean) if mean is None else mean, facts.get("std", encoder.std) if std is None else std
-    )
+    encoder.image_size = image_size or (facts.image_size if facts else encoder.image_size)
+    if facts and isinstance(encoder, VitEncoder):
+        encoder.position = facts.position or encoder.position
+        if facts.patch_norm is not None and "patch_norm" not in encoder.arch:
+            encoder.patch_norm = facts.patch_norm
+    said = facts or encoder
+    encoder.set_convention(said.mean if mean is None else mean, said.std if std is None else std)
     return encoder

@@ -1,12 +1,12 @@
 """A network as an encoder without a look inside: images go in, tokens or a map come out."""
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClNormMlpClassifierHead, NormMlpClassifierHead
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class OpaqueEncoder(Encoder):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         try:
             features = self._dry_run(height, width, freeze_unused=True)
-        except Exception as error:  # whatever the network may raise
+        except (Exception, SystemExit) as error:  # whatever the network may raise
             raise InputError(f"{name} does not take images of {height} x {width}: {_one_line(error)}") from error
         self.embed_dim = features.patch.shape[-1]
         self.patch_size = self._stride(height // features.grid[0])
@@ -130,29 +130,43 @@ class OpaqueEncoder(Encoder):
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise InputError(f"{self.name} returns {shape}: not Features, tokens [B, 1 + N, D] or a map [B, D, h, w]")
+        normed = self._norm()(out)
         if out.ndim == 3:
-            return _read_tokens(self._token_norm(out), self._prefix(out.shape[1], aspect), aspect, self.name)
-        if str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC"):
-            out = out.permute(0, 3, 1, 2)
-        norm = self._map_norm()
-        cls = norm(out.mean(dim=(2, 3), keepdim=True)).flatten(1)
-        return Features(cls, _flat(norm(out)), (out.shape[2], out.shape[3]))
+            patch, grid = self._read_tokens(normed, aspect)
+        else:
+            if str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC"):
+                normed = normed.permute(0, 3, 1, 2)
+            patch, grid = _flat(normed), (normed.shape[2], normed.shape[3])
+        return Features(self._pooled(out, normed, patch), patch, grid)
 
-    def _map_norm(self) -> nn.Module:
-        """The norm that timm keeps behind the pool, in the head (ConvNeXt): the mean gets it, and each cell."""
-        head = None if self._own else getattr(self.network, "head", None)
-        if isinstance(head, NormMlpClassifierHead) and isinstance(head.pre_logits, nn.Identity):
-            return head.norm
-        return nn.Identity()
-
-    def _token_norm(self, tokens: Tensor) -> Tensor:
-        network = self.network
+    def _pooled(self, out: Tensor, normed: Tensor, patch: Tensor) -> Tensor:
+        """What stands for the whole image: timm's own pooling if it is as wide as the patches, else their mean."""
         if self._own:
-            return tokens
-        if isinstance(getattr(network, "head", None), ClNormMlpClassifierHead):
-            return network.head.norm(tokens)
+            return normed[:, 0] if normed.ndim == 3 else patch.mean(dim=1)
+        if hasattr(self.network, "forward_head"):
+            pooled = self.network.forward_head(out, pre_logits=True)
+            if pooled.shape == patch[:, 0].shape:
+                return pooled
+        return patch.mean(dim=1)
+
+    def _norm(self) -> nn.Module:
+        """The norm that timm keeps for behind the pool, in the head (ConvNeXt) or beside it: each patch gets it too."""
+        network = self.network
+        head_norm = getattr(getattr(network, "head", None), "norm", None)
+        if isinstance(head_norm, nn.Module) and not self._own:
+            return head_norm
         behind_pool = isinstance(getattr(network, "norm", None), nn.Identity) and hasattr(network, "fc_norm")
-        return network.fc_norm(tokens) if behind_pool else tokens
+        return network.fc_norm if behind_pool and not self._own else nn.Identity()
+
+    def _read_tokens(self, tokens: Tensor, aspect: float) -> tuple[Tensor, tuple[int, int]]:
+        """The patches of tokens [B, P + N, D], and their grid."""
+        patch = tokens[:, self._prefix(tokens.shape[1], aspect) :]
+        grid = _grid_of(patch.shape[1], aspect)
+        if grid is None or tokens.shape[1] == 1:
+            raise InputError(
+                f"{self.name} returns {list(tokens.shape)}: of these tokens no grid of patches can be made"
+            )
+        return patch, grid
 
     def _prefix(self, tokens: int, aspect: float) -> int:
         """How many of the tokens come before the patches."""
@@ -165,7 +179,8 @@ class OpaqueEncoder(Encoder):
         """Pixels to a cell, at a size that shows it (of 16 pixels a stride of 32 makes one cell, too)."""
         with contextlib.suppress(Exception):  # a network of one size only
             return LARGE // self._dry_run(LARGE, LARGE).grid[0]
-        return otherwise
+        stages = getattr(self.network, "feature_info", None)
+        return stages[-1]["reduction"] if isinstance(stages, list) and stages else otherwise
 
     def _dry_run(self, height: int, width: int, freeze_unused: bool = False) -> Features:
         """Features of one image in evaluation mode; of timm's networks in shapes alone, with nothing computed.
@@ -176,17 +191,34 @@ class OpaqueEncoder(Encoder):
         from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports that a ViT does not need
 
         training = self.training
+        logger = logging.getLogger("torch._subclasses.fake_tensor")  # it tells of sizes a network does not take
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
         self.eval()
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) if not self._own else contextlib.nullcontext():
                 with torch.set_grad_enabled(freeze_unused):
                     out = self._features(torch.zeros(1, 3, height, width, device=self.mask_token.device))
+                _check(out)
                 if freeze_unused:
                     _freeze_unused(self.network, out)
         finally:
             self.train(training)
+            logger.setLevel(level)
         self._grids[height, width] = out.grid
         return out
+
+
+def _check(features: Features) -> None:
+    """That a network's Features of one image are what they are said to be."""
+    count, dim = features.grid[0] * features.grid[1], features.cls.shape[-1]
+    if features.cls.shape != (1, dim) or features.patch.shape != (1, count, dim) or not count or not dim:
+        raise InputError(
+            f"of one image, cls is {list(features.cls.shape)} and patch {list(features.patch.shape)} on a grid "
+            f"{tuple(features.grid)}: not [1, D] and [1, h * w, D]"
+        )
+    if not (features.cls.is_floating_point() and features.patch.is_floating_point()):
+        raise InputError("tokens are floating-point numbers")
 
 
 def _freeze_unused(network: nn.Module, features: Features) -> None:
@@ -211,14 +243,5 @@ def _grid_of(tokens: int, aspect: float) -> tuple[int, int] | None:
     return (height, width) if height * width == tokens else None
 
 
-def _read_tokens(tokens: Tensor, prefix: int, aspect: float, name: str) -> Features:
-    """Tokens [B, P + N, D], class token first, as Features; the patches' mean stands in for a missing class token."""
-    patch = tokens[:, prefix:]
-    grid = _grid_of(patch.shape[1], aspect)
-    if grid is None:
-        raise InputError(f"{name} returns {tokens.shape[1]} tokens: the {patch.shape[1]} patches make no grid")
-    return Features(tokens[:, 0] if prefix else patch.mean(dim=1), patch, grid)
-
-
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]

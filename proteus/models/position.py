@@ -28,6 +28,7 @@ DINOV2 = PositionRule(offset=0.1, antialias=False)
 DINOV2_REGISTERS = PositionRule(offset=0.0, antialias=True)
 TIMM = PositionRule(offset=0.0, antialias=True)
 RADIO = PositionRule(offset=0.0, antialias=False, mode="bilinear", align_corners=False, crop=True)
+PE = PositionRule(offset=0.0, antialias=False, mode="bilinear", align_corners=False)
 RADIO_ALIGNED = RADIO._replace(align_corners=True)
 
 

@@ -17,7 +17,7 @@ Parameters are those of the backbone, in millions. GMACs are billions of multipl
 counted in the matrix products, convolutions and attention of a forward pass. Width and patch are those of the patch
 tokens; a convnet's patch is its stride. `size` is the native image size; other sizes work, and the position embedding
 follows the family's own rule. Names under *weights* are what `pretrained=True` fetches; weights come under their
-publishers' licences.
+publishers' licences. C-RADIO's class token is the first of those that its summary puts together.
 """
 
 COLUMNS = ("name", "params", "GMACs", "patch", "size", "width", "class token", "final norm", "licence", "weights")

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import HybridEmbed, PatchEmbed
+from timm.layers import HybridEmbed, PatchDropout, PatchDropoutWithIndices, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from proteus.errors import InputError
 from proteus.models.encoder import Encoder, square_or_pair
 from proteus.models.features import Features
 from proteus.models.position import PositionRule, resize_position_embedding
@@ -38,6 +39,10 @@ class VitEncoder(Encoder):
         arch: dict[str, Any] | None = None,
     ):
         super().__init__(network, network.embed_dim, name=name, mean=mean, std=std, arch=arch)
+        if not len(network.blocks):
+            raise InputError(f"{name} has no blocks")
+        if isinstance(network.patch_drop, PatchDropout | PatchDropoutWithIndices):
+            raise InputError(f"{name}: patch_drop_rate is not for an encoder, whose patches keep their grid")
         self.position, self.patch_norm = position, patch_norm
         self.embed_dim: int = network.embed_dim
         self.num_blocks: int = len(network.blocks)
@@ -48,6 +53,17 @@ class VitEncoder(Encoder):
         self._checkpointing = False
         # grid -> the weights it was resized from, their version, the positions
         self._resized: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
+
+    def check(self) -> None:
+        """InputError where arguments have made a network that does not give Features; on the meta device only."""
+        height, width = [side * self.patch_size for side in self.native_grid]
+        x = torch.zeros(1, 3, height, width, device="meta")
+        with torch.no_grad():
+            features = self(x)
+        dims = (1, self.embed_dim), (1, self.native_grid[0] * self.native_grid[1], self.embed_dim)
+        if (features.cls.shape, features.patch.shape) != dims:
+            shapes = f"cls {list(features.cls.shape)} and patch {list(features.patch.shape)}"
+            raise InputError(f"{self.name} gives {shapes}, not {' and '.join(str(list(dim)) for dim in dims)}")
 
     @staticmethod
     def wraps(network: nn.Module) -> bool:
@@ -133,7 +149,8 @@ class VitEncoder(Encoder):
         network = self.network
         if network.pos_embed is not None:
             bare = network.num_prefix_tokens if network.no_embed_class else 0  # prefix tokens that have no position
-            network.pos_embed = nn.Parameter(self._positions(grid)[:, bare:].clone())
+            learns = network.pos_embed.requires_grad
+            network.pos_embed = nn.Parameter(self._positions(grid)[:, bare:].clone(), requires_grad=learns)
         self.native_grid = grid
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -149,6 +166,8 @@ class VitEncoder(Encoder):
         return (embed.norm(x) if isinstance(embed, PatchEmbed) else x), grid
 
     def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        if mask.shape != x.shape[:2]:
+            raise ValueError(f"{self.name}: a mask {list(mask.shape)} for patches {list(x.shape[:2])}")
         return torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)  # [M, N, D]
 
     def _assemble(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -189,14 +208,16 @@ class VitEncoder(Encoder):
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding [1, P + N, D] at a grid; zero for prefix tokens that have none."""
         network, embedding = self.network, self.network.pos_embed
-        cached = self._resized.get(grid)
-        if cached and not embedding.requires_grad and cached[0] is embedding and cached[1] == embedding._version:
+        # A compiler cannot follow versions, and inference tensors have none.
+        keeps = not (embedding.requires_grad or torch.compiler.is_compiling() or embedding.is_inference())
+        cached = self._resized.get(grid) if keeps else None
+        if cached and cached[0] is embedding and cached[1] == embedding._version:
             return cached[2]
         prefix = 0 if network.no_embed_class else network.num_prefix_tokens
         patch = resize_position_embedding(embedding[:, prefix:], self.native_grid, grid, self.position)
         without = embedding.new_zeros(1, network.num_prefix_tokens - prefix, self.embed_dim)
         positions = torch.cat([without, embedding[:, :prefix], patch], dim=1)
-        if not embedding.requires_grad:
+        if keeps:
             self._resized[grid] = (embedding, embedding._version, positions)
         return positions
 

@@ -11,7 +11,7 @@ import urllib.request
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import timm
 import torch
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from proteus.errors import InputError
 from proteus.models.encoder import Encoder
 from proteus.models.entries import ENTRIES, Entry
+from proteus.models.facts import Facts
 from proteus.models.layouts import State, layout_of, to_timm_layout
 from proteus.models.torchscript import is_torchscript, read_torchscript
 from proteus.models.vit import VitEncoder
@@ -122,35 +123,29 @@ def save_encoder(encoder: Encoder, path: str | Path, dtype: torch.dtype | None =
 
     The keys are timm's, so `timm.create_model(..., num_classes=0).load_state_dict` takes the file strictly.
     """
-    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in encoder.network.state_dict().items()}
-    facts: dict[str, Any] = {
-        "name": encoder.name,
-        "arch": encoder.arch,
-        "image_size": encoder.image_size,
-        "mean": encoder.mean,
-        "std": encoder.std,
-    }
+    own = encoder.network.state_dict()
+    # Copies, because networks may tie weights, which the format does not know.
+    state = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in own.items()}
+    facts = Facts.model_construct(
+        name=encoder.name, arch=encoder.arch, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std
+    )
     if isinstance(encoder, VitEncoder):
-        facts |= {
-            "native_grid": encoder.native_grid,
-            "position": encoder.position,
-            "num_heads": encoder.num_heads,
-            "norm_eps": encoder.norm_eps,
-            "patch_norm": encoder.patch_norm,
-        }
+        facts.native_grid, facts.position = encoder.native_grid, encoder.position
+        facts.num_heads, facts.norm_eps = encoder.num_heads, encoder.norm_eps
+        facts.patch_norm = encoder.patch_norm
+    written = save(state, metadata={"format": "pt", "proteus": facts.model_dump_json()})
     # Not save_file, whose files only their owner may read.
-    Path(path).write_bytes(save(state, metadata={"format": "pt", "proteus": json.dumps(facts)}))
+    Path(path).write_bytes(_with_sorted_metadata(written))
 
 
-def metadata_facts(metadata: dict[str, str], source: str) -> dict[str, Any]:
-    """What `save_encoder` wrote of a network; empty for other files, InputError where it makes no sense."""
-    try:
-        facts = json.loads(metadata.get("proteus", "{}"))
-        if facts and not (isinstance(facts["name"], str) and isinstance(facts["arch"], dict)):
-            raise TypeError
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{source}: what its metadata says of the network cannot be read") from None
-    return facts
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """A safetensors file whose bytes depend on its contents alone; the library orders the metadata at random."""
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]
 
 
 def find_official(name: str, download: bool) -> Path:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from proteus.errors import InputError, nearest
@@ -21,7 +23,7 @@ from proteus.models.attention import use_attention
 from proteus.models.encoder import Encoder
 from proteus.models.entries import ENTRIES, Entry
 from proteus.models.opaque import OpaqueEncoder
-from proteus.models.position import TIMM
+from proteus.models.position import PE, TIMM, PositionRule
 from proteus.models.vit import VitEncoder
 
 TIMM_PREFIX, HUB_PREFIX = "timm/", "hf-hub:"
@@ -43,14 +45,23 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def check_name(name: str) -> None:
     """Raise InputError, with the nearest valid name, where no network of that name can be built."""
-    if name.startswith(HUB_PREFIX) or name in ENTRIES:
+    if name in ENTRIES:
         return
-    if name.startswith(TIMM_PREFIX):
+    if name.startswith(HUB_PREFIX):
+        try:
+            validate_repo_id(hub_repository(name)[0])
+        except ValueError as error:
+            raise InputError(f"model {name!r}: {' '.join(str(error).split())}") from None
+    elif name.startswith(TIMM_PREFIX):
         timm_name = name.removeprefix(TIMM_PREFIX)
         if not timm.is_model(timm_name):
             known = [TIMM_PREFIX + architecture for architecture in timm.list_models()]
             raise InputError(f"unknown model {name!r}{nearest(name, known)}")
-        _refuse_wrong_activation(timm_name)
+        architecture, _, tag = timm_name.partition(".")
+        tags = [model.partition(".")[2] for model in timm.list_pretrained(f"{architecture}.*")]
+        if tag and tag not in tags:
+            raise InputError(f"unknown model {name!r}: timm has no weights {tag!r} for it{nearest(tag, tags)}")
+        _refuse_wrong_activation(name, architecture, tag)
     elif is_own(name):
         _own_function(name)
     else:
@@ -72,12 +83,19 @@ def is_own(name: str) -> bool:
 
 
 def entry_of(name: str) -> Entry | None:
-    """The zoo's entry of a name, be it its own or that of the same weights in timm; None where there is none."""
-    if name in ENTRIES or not name.startswith(TIMM_PREFIX):
+    """The zoo's entry of a name, be it its own or that of the same weights in timm or on the hub; None for others."""
+    if name in ENTRIES or is_own(name):
         return ENTRIES.get(name)
-    architecture, _, tag = name.removeprefix(TIMM_PREFIX).partition(".")
-    cfg = timm.get_pretrained_cfg(architecture)
-    tag = tag or (cfg.tag if cfg else "")
+    if name.startswith(HUB_PREFIX):
+        try:
+            config = read_hub_config(name)
+        except InputError:  # not fetched yet
+            return None
+        architecture, tag = config["architecture"], config["pretrained_cfg"].get("tag")
+    else:
+        architecture, _, tag = name.removeprefix(TIMM_PREFIX).partition(".")
+        cfg = timm.get_pretrained_cfg(architecture)
+        tag = tag or (cfg.tag if cfg else None)
     return next((entry for entry in ENTRIES.values() if (entry.timm, entry.tag) == (architecture, tag)), None)
 
 
@@ -89,11 +107,20 @@ def build(name: str, image_size: Size | None = None, arch: dict[str, Any] | None
     """
     check_name(name)
     arch = arch or {}
+    sides = image_size if isinstance(image_size, tuple | list) else () if image_size is None else (image_size,)
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise InputError(f"{name}: an image size is a number of pixels above 0, or two, not {image_size!r}")
     try:
-        return _build_own(name, image_size, arch) if is_own(name) else _build_timm(name, image_size, arch)
+        if is_own(name):
+            return _build_own(name, image_size, arch)
+        if arch:  # nobody has tried them yet, and shapes cost nothing
+            with torch.device("meta"):
+                trial = _build_timm(name, image_size, arch)
+                trial.check() if isinstance(trial, VitEncoder) else None
+        return _build_timm(name, image_size, arch)
     except InputError:
         raise
-    except Exception as error:  # whatever a network may say to arguments it does not take
+    except (Exception, SystemExit) as error:  # whatever a network may say to arguments it does not take
         given = ", ".join(f"{key}={value!r}" for key, value in {"image_size": image_size, **arch}.items())
         raise InputError(f"{name} cannot be built with {given}: {' '.join(str(error).split())[:300]}") from error
 
@@ -107,6 +134,7 @@ def _build_timm(name: str, image_size: Size | None, arch: dict[str, Any]) -> Enc
             raise InputError(f"{name}: {key} is not an argument of the network")
     patch_norm = options.pop("patch_norm", entry is None or entry.final_norm != "cls")
     attention = options.pop("attention", "auto")
+    arch = {key: value for key, value in arch.items() if key != "attention"}  # a choice of the machine, not saved
     if "drop_path" in options:
         options["drop_path_rate"] = options.pop("drop_path")
     if "norm_eps" in options:
@@ -122,17 +150,29 @@ def _build_timm(name: str, image_size: Size | None, arch: dict[str, Any]) -> Enc
     mean, std = (entry.mean, entry.std) if entry else (cfg["mean"], cfg["std"])
     if not VitEncoder.wraps(network):
         return OpaqueEncoder(network, name=name, mean=mean, std=std, image_size=size, arch=arch)
-    position = entry.position if entry and entry.position else TIMM
+    position = (entry.position if entry else _usual_position(architecture)) or TIMM
+    if position == PE:
+        network.rope.ref_feat_shape = (
+            None  # it counts on at other sizes; an argument None does not reach timm's builder
+        )
     return VitEncoder(network, name=name, mean=mean, std=std, position=position, patch_norm=patch_norm, arch=arch)
+
+
+def _usual_position(architecture: str) -> PositionRule | None:
+    """The position rule that an architecture has whatever its weights: the zoo does not know tuned ones, say."""
+    if not any(family in architecture for family in ("dinov2", "radio", "_pe_")):
+        return None  # a name that anybody's weights may have
+    return next((entry.position for entry in ENTRIES.values() if entry.timm == architecture), None)
 
 
 def in_timm(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Architecture, arguments and pretrained configuration in timm of a name that is not a user's function."""
+    entry = entry_of(name)
     if name.startswith(HUB_PREFIX):
         config = read_hub_config(name)
+        _refuse_wrong_activation(name, config["architecture"], config["pretrained_cfg"].get("tag") or "")
         args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
-        return config["architecture"], args, config["pretrained_cfg"]
-    entry = entry_of(name)
+        return config["architecture"], (entry.args if entry else {}) | args, config["pretrained_cfg"]
     architecture = entry.timm if name in ENTRIES and entry else name.removeprefix(TIMM_PREFIX)
     cfg = timm.get_pretrained_cfg(architecture)
     return architecture, entry.args if entry else {}, cfg.to_dict() if cfg else {}
@@ -154,21 +194,19 @@ def _own_function(name: str):
         sys.path.append(os.getcwd())  # as `python -m` would have it
     try:
         function = getattr(importlib.import_module(module_name), attribute, None)
-    except Exception as error:  # an import runs the user's code
-        raise InputError(f"model {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # an import runs the user's code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"model {name!r}: {module_name} cannot be imported: {reason}") from None
     if not callable(function):
         raise InputError(f"model {name!r}: {module_name} has no function {attribute!r}")
     return function
 
 
-def _refuse_wrong_activation(timm_name: str) -> None:
+def _refuse_wrong_activation(name: str, architecture: str, tag: str) -> None:
     """timm lists CLIP weights that were trained with QuickGELU under names that build GELU, too."""
-    architecture, _, tag = timm_name.partition(".")
     right = architecture.replace("_clip_", "_clip_quickgelu_")
     if tag and "_clip_" in architecture and "quickgelu" not in architecture and f"{right}.{tag}" in _with_weights():
-        raise InputError(
-            f"timm/{timm_name} builds GELU for weights that were trained with QuickGELU: use timm/{right}.{tag}"
-        )
+        raise InputError(f"{name} builds GELU for weights that were trained with QuickGELU: use timm/{right}.{tag}")
 
 
 @lru_cache(maxsize=1)

@@ -115,14 +115,15 @@ class Board:
         self._accelerator.end_training()
 
     def _print_progress(self, row: dict[str, Any], losses: dict[str, float], seconds_per_step: float) -> None:
-        parts = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        # What is cut off a narrow terminal is the least wanted: the parts of the loss, several to a teacher.
         text = (
-            f"step {row['step']}/{self._total}  loss {row['loss']:.4f} ({parts})  lr {row['lr']:.2e}  "
-            f"{row['images_per_s']:.0f} img/s  wait {row['data_wait']:.0%}  {row['memory_gb']:.1f} GB  "
-            f"left {_duration(seconds_per_step * (self._total - row['step']))}"
+            f"step {row['step']}/{self._total}  loss {row['loss']:.4f}  "
+            f"left {_duration(seconds_per_step * (self._total - row['step']))}  {row['images_per_s']:.0f} img/s  "
+            f"wait {row['data_wait']:.0%}  {row['memory_gb']:.1f} GB  lr {row['lr']:.2e}"
         )
         text += f"  skipped {row['skipped_steps']}" if row["skipped_steps"] else ""
         text += f"  bad images {row['bad_images']}" if row["bad_images"] else ""
+        text += "  (" + " ".join(f"{name} {value:.4f}" for name, value in losses.items()) + ")"
         if self._live:
             width = shutil.get_terminal_size().columns
             print("\r\x1b[K" + text[: width - 1], end="", file=sys.stderr, flush=True)

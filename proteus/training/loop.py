@@ -65,7 +65,8 @@ def train(cfg: Config, resume: str = "auto") -> int:
     if cfg.student.compile:
         start.compile_student(student)
 
-    checkpoints = Checkpoints(directory, cfg.run.keep, task, optimizer, ema, accelerator)
+    networks = start.describe_networks(cfg, teachers, sizes)
+    checkpoints = Checkpoints(directory, cfg.run.keep, task, optimizer, ema, accelerator, networks)
     begin = Progress(images=len(source), images_per_step=sampler.images_per_step)
     progress, notes = start.resume_run(checkpoints, begin, resume, accelerator)
     notes += start.write_config(cfg, directory, accelerator, progress)

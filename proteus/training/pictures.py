@@ -16,7 +16,8 @@ def component_colours(tokens: Tensor, basis_tokens: Tensor | None = None) -> Ten
     one basis have comparable colours. Each component spans its 1st to 99th percentile; its sign makes the largest
     loading positive, so that a picture does not flip from one run to the next.
     """
-    basis = (tokens if basis_tokens is None else basis_tokens).flatten(0, 1).double()  # [B * N, D]
+    tokens = tokens.nan_to_num()  # a run that diverges is told elsewhere
+    basis = (tokens if basis_tokens is None else basis_tokens.nan_to_num()).flatten(0, 1).double()  # [B * N, D]
     mean = basis.mean(dim=0)
     _, _, directions = torch.linalg.svd(basis - mean, full_matrices=False)
     directions = directions[:3]  # [3, D]

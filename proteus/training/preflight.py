@@ -13,7 +13,7 @@ from proteus.data.sources import check_roots
 from proteus.errors import InputError
 from proteus.losses import check_losses
 from proteus.models.attention import check_attention
-from proteus.models.zoo import check_name
+from proteus.models.zoo import check_name, is_own
 from proteus.training.teacher import RANDOM, find_weights
 
 
@@ -21,7 +21,7 @@ def check_inputs(cfg: Config, resume: str) -> None:
     """Raise InputError with a line for each thing that is unknown or not where it should be."""
     checks: list[Callable[[], object]] = [
         lambda: check_losses(list(cfg.losses)),
-        lambda: check_name(cfg.student.name),
+        lambda: _check_name("student", cfg.student.name),
         *(partial(_check_teacher, key, teacher) for key, teacher in cfg.all_teachers.items()),
         lambda: _check_files(cfg, resume),
         lambda: _check_device(cfg),
@@ -37,8 +37,13 @@ def check_inputs(cfg: Config, resume: str) -> None:
         raise InputError(*lines)
 
 
+def _check_name(key: str, name: str) -> None:
+    with _prefixed(f"{key}.name: "):
+        check_name(name)
+
+
 def _check_teacher(key: str, cfg: Teacher) -> None:
-    check_name(cfg.name)
+    _check_name(key, cfg.name)
     with _prefixed(f"{key}.losses: "):
         check_losses(list(cfg.losses or {}))
     if cfg.download:
@@ -46,7 +51,9 @@ def _check_teacher(key: str, cfg: Teacher) -> None:
     try:
         find_weights(cfg)
     except InputError as error:
-        hint = f"give its path as {key}.checkpoint=PATH, or {key}.download=true"
+        published = not (is_own(cfg.name) or cfg.name.startswith("proteus_"))
+        other = f"{key}.download=true" if published else f"{key}.checkpoint=random to try something out"
+        hint = f"give its path as {key}.checkpoint=PATH, or {other}"
         raise InputError(*(f"{key} {line}, {hint}" for line in error.lines)) from None
 
 

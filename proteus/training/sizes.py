@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from proteus import config
 from proteus.config import Config
 from proteus.errors import InputError
 from proteus.models import Encoder
@@ -28,26 +29,27 @@ class Sizes(NamedTuple):
     mask: Grid
 
 
-def match_sizes(cfg: Config, student: Encoder, teachers: list[Teacher]) -> Sizes:
-    """Who sees what; InputError where a patch does not divide its image.
+def student_size(cfg: Config, student: Encoder, teachers: list[Teacher]) -> int:
+    """Pixels that the student sees, which a network made for one size has to be built for.
 
-    With `student.image_size: auto`, the student sees what gives it the grid of the first teacher with a loss on
-    patches: comparing patch by patch needs no interpolation then. Without such a loss it sees `data.image_size`.
+    With `student.image_size: auto`, what gives it the grid of the first teacher with a loss on patches: comparing
+    patch by patch needs no interpolation then. Without such a loss it is `data.image_size`.
     """
-    grids, on_patches, masked = [], [], []
-    for (key, section), teacher in zip(cfg.all_teachers.items(), teachers, strict=True):
-        losses = cfg.losses_of(section)
-        grid = _grid_of(teacher.encoder, teacher.image_size, f"{key}." if section.image_size else "data.")
-        grids.append(grid)
-        on_patches += [grid] if losses.keys() & ON_PATCHES else []
-        masked += [grid] if "patch" in losses else []
     if cfg.student.image_size != "auto":
-        size, section_key = cfg.student.image_size, "student."
-    elif on_patches:
-        size, section_key = max(on_patches[0]) * student.patch_size, "student."
-    else:
-        size, section_key = cfg.data.image_size, "data."
-    own = _grid_of(student, size, section_key)
+        return cfg.student.image_size
+    for (key, section), teacher in zip(cfg.all_teachers.items(), teachers, strict=True):
+        if cfg.losses_of(section).keys() & ON_PATCHES:
+            return max(_teacher_grid(key, section, teacher)) * student.patch_size
+    return cfg.data.image_size
+
+
+def match_sizes(cfg: Config, student: Encoder, size: int, teachers: list[Teacher]) -> Sizes:
+    """Who sees what, the student `size` pixels; InputError where a patch does not divide its image."""
+    grids, masked = [], []
+    for (key, section), teacher in zip(cfg.all_teachers.items(), teachers, strict=True):
+        grids.append(_teacher_grid(key, section, teacher))
+        masked += grids[-1:] if "patch" in cfg.losses_of(section) else []
+    own = _grid_of(student, size, "data." if size == cfg.data.image_size else "student.")
     return Sizes(
         crop=max(size, *(teacher.image_size for teacher in teachers), 0),
         student=size,
@@ -56,6 +58,10 @@ def match_sizes(cfg: Config, student: Encoder, teachers: list[Teacher]) -> Sizes
         compared=[_smallest(own, grid) for grid in grids],
         mask=_smallest(own, *masked),
     )
+
+
+def _teacher_grid(key: str, section: config.Teacher, teacher: Teacher) -> Grid:
+    return _grid_of(teacher.encoder, teacher.image_size, f"{key}." if section.image_size else "data.")
 
 
 def describe_sizes(cfg: Config, sizes: Sizes, teachers: list[Teacher]) -> list[str]:

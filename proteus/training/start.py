@@ -17,6 +17,7 @@ from accelerate.utils import (
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from proteus import config
 from proteus.config import LABEL_CE, Config
 from proteus.config_files import dump_config
 from proteus.data.loader import count_masked
@@ -30,7 +31,7 @@ from proteus.losses import LOSSES
 from proteus.models import Encoder, create_model
 from proteus.models.attention import use_attention
 from proteus.training.plan import Plan
-from proteus.training.sizes import Sizes, describe_sizes, match_sizes
+from proteus.training.sizes import Sizes, describe_sizes, match_sizes, student_size
 from proteus.training.state import Checkpoints, Progress, list_checkpoints
 from proteus.training.teacher import Teacher
 
@@ -84,16 +85,34 @@ def build_student(cfg: Config, teachers: list[Teacher], accelerator: Accelerator
     asked = cfg.student.image_size
     first = cfg.data.image_size if asked == "auto" else asked
     student = create(first)
-    sizes = match_sizes(cfg, student, teachers)
-    if sizes.student != first:  # what leads to the size, the patch, is a fact of the network
+    size = student_size(cfg, student, teachers)
+    if size != first:  # what leads to the size, the patch, is a fact of the network
         torch.manual_seed(cfg.run.seed)
-        student = create(sizes.student)
+        student = create(size)
+    sizes = match_sizes(cfg, student, size, teachers)
+    if not any(parameter.requires_grad for parameter in student.network.parameters()):
+        raise InputError(f"student.name={student.name} has no parameter that its features depend on and that can learn")
     if cfg.student.grad_checkpointing:
         student.set_grad_checkpointing(True)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         student = convert_sync_batchnorm(student)
     use_attention(student.network, cfg.run.attention)
     return student, sizes
+
+
+def describe_networks(cfg: Config, teachers: list[Teacher], sizes: Sizes) -> dict[str, str]:
+    """What the weights of a checkpoint belong to, by the config's keys: heads of one teacher would fit another."""
+
+    def shown(section: config.Student | config.Teacher, size: int) -> str:
+        arch = {key: value for key, value in section.arch.items() if not key.startswith("drop")}
+        return f"{section.name} {arch} at {size} px" if arch else f"{section.name} at {size} px"
+
+    networks = {"student": shown(cfg.student, sizes.student)}
+    for (key, section), teacher in zip(cfg.all_teachers.items(), teachers, strict=True):
+        losses = " + ".join(sorted(cfg.losses_of(section)))
+        standardized = " standardized" if section.standardize else ""
+        networks[key] = f"{shown(section, teacher.image_size)} for {losses}{standardized}"
+    return networks
 
 
 def compile_student(student: Encoder) -> None:

@@ -64,8 +64,9 @@ class Checkpoints:
         optimizer: AcceleratedOptimizer,
         ema: ModelEmaV3 | None,
         accelerator: Accelerator,
+        networks: dict[str, str],
     ):
-        self.folder = directory / "checkpoints"
+        self.folder, self._networks = directory / "checkpoints", networks
         self._keep, self._task, self._optimizer, self._ema, self._accelerator = keep, task, optimizer, ema, accelerator
 
     def save(self, progress: Progress) -> None:
@@ -78,7 +79,7 @@ class Checkpoints:
                 save_file(_on_cpu(self._ema.module), folder / "ema.safetensors")
             if self._accelerator.scaler is not None:
                 torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
-            facts = asdict(progress) | {"environment": environment(self._accelerator)}
+            facts = asdict(progress) | {"environment": environment(self._accelerator), "networks": self._networks}
             (folder / "progress.json").write_text(json.dumps(facts))
 
         try:
@@ -94,12 +95,13 @@ class Checkpoints:
     def load(self, folder: Path) -> tuple[Progress, list[str]]:
         """Restore everything from `folder`: (progress, what of the environment has changed since).
 
-        InputError where the checkpoint is damaged or of another network.
+        InputError where the checkpoint is of other networks, whose weights might fit all the same, or damaged.
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         try:
             facts = json.loads((folder / "progress.json").read_text())
             then = facts.pop("environment")
+            self._check_networks(facts.pop("networks"), folder)
             progress = Progress(**facts)
             self._task.load_state_dict(load_file(folder / "model.safetensors"))
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -111,6 +113,8 @@ class Checkpoints:
                 # An average that begins now begins at the student.
                 state = load_file(average) if average.is_file() else self._task.student.state_dict()
                 self._ema.module.load_state_dict(state)
+        except InputError:
+            raise
         except Exception as error:  # readers of damaged files raise anything
             message = " ".join(str(error).split())[:300]
             raise InputError(
@@ -121,6 +125,16 @@ class Checkpoints:
             group.update(built)  # the config's weight decay and betas, should they have changed
         now = environment(self._accelerator)
         return progress, [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+
+    def _check_networks(self, then: dict[str, str], folder: Path) -> None:
+        now = self._networks
+        changed = [
+            f"{key} was {then.get(key, 'not there')} and is {now.get(key, 'not there')}"
+            for key in (then | now)
+            if then.get(key) != now.get(key)
+        ]
+        if changed:
+            raise InputError(f"{folder} is of other networks: {'; '.join(changed)}; start another run.dir")
 
     def half_written(self) -> list[str]:
         """Names of what is not whole. What a crash of ours left under a temporary name is deleted."""
@@ -140,4 +154,5 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    # Copies, because networks may tie weights, which the format does not know.
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}

@@ -57,7 +57,7 @@ class Adaptor(nn.Module):
         """
         projected = Projected(
             self._on_grid(self._project(plain, "feature")),
-            self._on_grid(self._project(masked, "patch")),
+            self._on_grid(self._project(masked, "patch")) if "patch" in self.losses else masked,
             logits,  # type: ignore[arg-type]
         )
         features = self._on_grid(self.teacher_space(answer.features))

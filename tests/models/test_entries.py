@@ -47,7 +47,7 @@ def test_an_entry_is_what_timm_builds(name):
     else:
         assert isinstance(encoder, OpaqueEncoder)
         assert (entry.cls, entry.prefix, entry.position) == ("average", 0, None)
-        has_norm = not isinstance(encoder._map_norm(), nn.Identity)
+        has_norm = not isinstance(encoder._norm(), nn.Identity)
         assert has_norm == (entry.final_norm == "all")
 
     x = torch.zeros(1, 3, 224, 224, device="meta")

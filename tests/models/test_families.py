@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from proteus.errors import InputError
 from proteus.models import create_model
 from proteus.models.vit import VitEncoder
 
@@ -43,6 +44,8 @@ OPAQUE = {
     "Hiera": ("timm/hiera_tiny_224", {"embed_dim": 12, "num_heads": 1, "stages": (1, 1, 1, 1)}, 224),
     "XCiT": ("timm/xcit_nano_12_p16_224", {"depth": 2}, 64),
     "two class tokens": ("timm/deit_tiny_distilled_patch16_224", SMALL, 64),
+    "CAFormer": ("timm/caformer_s18", {}, 64),
+    "BEiT": ("timm/beit_base_patch16_224", SMALL, 64),
     "SAM": ("sam_vitb16", {**SMALL, "global_attn_indexes": (1,)}, 64),
 }
 each_vit = pytest.mark.parametrize(("name", "arch", "size"), VITS.values(), ids=VITS)
@@ -100,17 +103,18 @@ def test_cells_are_timms(name, arch, size):
     if out.ndim == 4:
         cells = out if name.startswith("timm/swin") else out.permute(0, 2, 3, 1)  # [B, h, w, D]
         assert features.grid == tuple(cells.shape[1:3])
-        if "convnext" in name:  # its norm stands behind the pool, in the head
+        if "convnext" in name or "caformer" in name:  # its norm stands behind the pool, in the head
             assert torch.equal(features.cls, encoder.network.forward_head(out, pre_logits=True))
             cells = encoder.network.head.norm(out).permute(0, 2, 3, 1)
         else:
             torch.testing.assert_close(features.cls, cells.mean(dim=(1, 2)))
         assert torch.equal(features.patch, cells.flatten(1, 2))
     else:
-        prefix = {"timm/xcit_nano_12_p16_224": 1, "timm/deit_tiny_distilled_patch16_224": 2}.get(name, 0)
+        prefix = {"timm/deit_tiny_distilled_patch16_224": 2}.get(name, 1 if "xcit" in name or "beit" in name else 0)
         tokens = encoder.network.head.norm(out) if "hiera" in name else out
+        tokens = encoder.network.fc_norm(out) if "beit" in name else tokens
         assert torch.equal(features.patch, tokens[:, prefix:])
-        assert torch.equal(features.cls, tokens[:, 0] if prefix else tokens.mean(dim=1))
+        assert torch.equal(features.cls, encoder.network.forward_head(out, pre_logits=True))
     assert encoder.embed_dim == features.cls.shape[1] == features.patch.shape[2]
 
 
@@ -172,3 +176,63 @@ def test_blocks_one_by_one(name, arch, size):
     raw = encoder.intermediate(images(2, size), 1, norm=False)[0].patch
     maps = encoder.network.forward_intermediates(images(2, size), 1, norm=False, intermediates_only=True)[0]
     torch.testing.assert_close(raw, maps.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_pe_counts_its_rotary_positions_on_and_resizes_bilinearly(prefix):
+    """As its authors' code: row and column numbers at any grid, from 1 where there is a class token."""
+    name, arch = ("pe_core_vitl14", SMALL) if prefix else ("pe_core_vitg14", {**SMALL, "attn_pool_num_heads": 3})
+    encoder = build(name, 112, arch)  # native 8 x 8
+    rotary = encoder._rope((4, 4)), encoder._rope((8, 8))
+    assert torch.equal(rotary[0].unflatten(0, (4, 4)), rotary[1].unflatten(0, (8, 8))[:4, :4])
+    native = encoder.network.pos_embed[:, prefix:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(native, size=(4, 4), mode="bilinear", align_corners=False)
+    assert torch.equal(encoder._positions((4, 4))[:, prefix:], resized.flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["DINOv2", "DINOv3", "SigLIP 2"])
+def test_a_frozen_encoder_is_one_graph_to_a_compiler(name):
+    name, arch, size = VITS[name]
+    encoder = build(name, size, arch).freeze()
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    for pixels in (size, size // 2, size // 2):  # the last would find cached positions
+        x = images(1, pixels)
+        torch.testing.assert_close(compiled(x).patch, encoder(x).patch)
+
+
+@torch.inference_mode()
+def test_an_encoder_can_be_built_and_used_under_inference_mode():
+    encoder = build("dinov2_vits14", 56, VITS["DINOv2"][1]).freeze()
+    assert torch.equal(encoder(images(1, 28)).patch, encoder(images(1, 28)).patch)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "words"),
+    [
+        ("proteus_vitt14", {"depth": 0}, "has no blocks"),
+        ("proteus_vitt14", {"patch_drop_rate": 0.5}, "patch_drop_rate is not for an encoder"),
+        ("proteus_vitt14", {"in_chans": 1}, "cannot be built with .*in_chans=1"),
+        ("proteus_vitt14", {"norm_eps": "x"}, "cannot be built with .*norm_eps='x'"),
+        ("timm/vit_tiny_patch16_224", {"class_token": False, "global_pool": ""}, r"gives cls \[1, 196, 192\]"),
+        ("timm/pit_ti_224", {}, "no grid of patches"),
+        ("timm/resnet18.nonsense", {}, r"timm has no weights 'nonsense' for it"),
+        ("hf-hub:a/b/c", {}, "hf-hub:a/b/c"),
+        ("timm/", {}, "unknown model"),
+    ],
+)
+def test_what_makes_no_encoder_is_one_line(name, arch, words):
+    with pytest.raises(InputError, match=words) as caught:
+        create_model(name, **arch)
+    assert len(caught.value.lines) == 1
+
+
+@pytest.mark.parametrize("size", [0, -14, 1.5, (28, 0), True])
+def test_an_image_size_is_a_number_of_pixels(size):
+    with pytest.raises(InputError, match="an image size is a number of pixels above 0"):
+        create_model("proteus_vitt14", image_size=size)
+
+
+def test_a_network_that_takes_one_size_is_built_without_a_word(capfd):
+    create_model("timm/hiera_tiny_224", stages=(1, 1, 1, 1))
+    assert capfd.readouterr() == ("", "")

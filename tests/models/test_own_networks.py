@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from proteus.errors import InputError
 from proteus.models import create_model, load_checkpoint
+from proteus.models.position import DINOV2, TIMM
 from proteus.models.weights import save_encoder
 from proteus.models.zoo import check_name, is_known
 
@@ -78,11 +79,12 @@ def test_what_a_network_returns_is_understood(module, kind):
 
 
 def test_a_file_cannot_say_whose_code_runs(tmp_path):
-    facts = {"name": "os:mkdir", "arch": {"path": str(tmp_path / "made")}, "image_size": 32}
+    usual = {"image_size": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    facts = {"name": "os:mkdir", "arch": {"path": str(tmp_path / "made")}, **usual}
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"proteus": json.dumps(facts)})
     with pytest.raises(InputError, match=r"is of a network of your own: create_model\('os:mkdir'"):
         load_checkpoint(str(tmp_path / "a.safetensors"))
-    facts = {"name": "timm/vit_tiny_patch16_224", "arch": {"pretrained": True}, "image_size": 32}
+    facts = {"name": "timm/vit_tiny_patch16_224", "arch": {"pretrained": True}, **usual}
     save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"proteus": json.dumps(facts)})
     with pytest.raises(InputError, match="pretrained is not an argument of the network"):
         load_checkpoint(str(tmp_path / "b.safetensors"))
@@ -117,8 +119,10 @@ def test_its_weights_are_saved_and_found_again(module, tmp_path):
     assert (again.name, again.arch, again.image_size) == (f"{module}:tokens", {"width": 12}, 48)
     x = torch.rand(1, 3, 48, 48)
     assert torch.equal(encoder.eval()(x).patch, again.eval()(x).patch)
-    with pytest.raises(InputError, match=r"does not fit mynets:map: wrong shape: cls is \[1, 1, 12\]"):
+    with pytest.raises(InputError, match=r"own.safetensors is of mynets:tokens, not mynets:map"):
         create_model(f"{module}:map", checkpoint=str(tmp_path / "own.safetensors"))
+    with pytest.raises(InputError, match=r"is of a network with width=12, not 16"):
+        create_model(f"{module}:tokens", checkpoint=str(tmp_path / "own.safetensors"), width=16)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +204,34 @@ def test_a_repository_that_is_not_there_is_one_line(hub):
     with pytest.raises(InputError, match="hf-hub:"):
         create_model("hf-hub:")
     assert is_known("hf-hub:lab/other")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "facts"),
+    [
+        ("vit_small_patch14_dinov2", "lvd142m", {"position": DINOV2}),
+        ("vit_small_patch14_dinov2", "tuned_by_somebody", {"position": DINOV2}),
+        ("vit_small_patch16_224", "dino", {"position": DINOV2}),
+        ("vit_small_patch16_224", "augreg_in21k", {"position": TIMM}),
+        ("vit_base_patch16_clip_quickgelu_224", "openai", {"patch_norm": False}),
+    ],
+)
+def test_a_copy_of_the_zoos_weights_on_the_hub_has_the_zoos_facts(hub, tmp_path, architecture, tag, facts):
+    path = next(tmp_path.rglob("config.json"))
+    config = json.loads(path.read_text())
+    config["architecture"], config["pretrained_cfg"]["tag"] = architecture, tag
+    path.write_text(json.dumps(config))
+    encoder = create_model("hf-hub:lab/net")
+    assert {key: getattr(encoder, key) for key in facts} == facts
+
+
+def test_weights_on_the_hub_with_another_activation_are_refused(hub, tmp_path):
+    path = next(tmp_path.rglob("config.json"))
+    config = json.loads(path.read_text())
+    config["architecture"], config["pretrained_cfg"]["tag"] = "vit_base_patch16_clip_224", "openai"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"hf-hub:lab/net builds GELU .* timm/vit_base_patch16_clip_quickgelu_224"):
+        create_model("hf-hub:lab/net")
 
 
 def test_weights_with_another_activation_are_refused():

@@ -8,10 +8,11 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from proteus.errors import InputError
 from proteus.models import create_model, load_checkpoint
 from proteus.models.weights import save_encoder
 from tests.networks import assert_same_network, images
@@ -151,13 +152,96 @@ def test_half_precision_on_disk(tmp_path):
     assert {value.dtype for value in encoder.network.state_dict().values()} == {torch.float32}
 
 
-def test_whether_patches_are_normed_is_kept_under_another_name(tmp_path):
-    arch = {"depth": 1, "embed_dim": 24, "num_heads": 2}
-    save_encoder(create_model("clip_vitb16", image_size=32, **arch), tmp_path / "clip.safetensors")
-    name, path = "timm/vit_base_patch16_clip_quickgelu_224.metaclip_400m", str(tmp_path / "clip.safetensors")
-    assert create_model(name, **arch).patch_norm
-    assert not create_model(name, checkpoint=path, **arch).patch_norm
-    assert create_model(name, checkpoint=path, patch_norm=True, **arch).patch_norm
+SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+
+
+@torch.no_grad()
+def test_whether_patches_are_normed_is_kept(tmp_path):
+    encoder, path = create_model("clip_vitb16", image_size=32, **SMALL), str(tmp_path / "clip.safetensors")
+    encoder.patch_norm = True
+    save_encoder(encoder, path)
+    for again in (load_checkpoint(path), create_model("clip_vitb16", checkpoint=path)):
+        assert again.patch_norm
+    assert not create_model("clip_vitb16", checkpoint=path, patch_norm=False).patch_norm
+
+
+def test_a_saved_file_is_not_taken_for_another_network(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save_encoder(create_model("clip_vitb16", image_size=32, norm_eps=0.1, **SMALL), path)
+    again = create_model("clip_vitb16", checkpoint=path)  # its arguments are the file's
+    assert (again.norm_eps, again.num_heads, again.arch) == (0.1, 2, {"norm_eps": 0.1, **SMALL})
+    with pytest.raises(InputError, match="is of clip_vitb16, not openclip_vitb16_laion2b"):
+        create_model("openclip_vitb16_laion2b", checkpoint=path, **SMALL)
+    with pytest.raises(InputError, match="is of a network with num_heads=2, not 3"):
+        create_model("clip_vitb16", checkpoint=path, num_heads=3)
+    assert create_model("clip_vitb16", checkpoint=path, drop_path=0.1).arch["drop_path"] == 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "arch", "size"),
+    [
+        ("timm/swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 1, 1, 1)}, 256),
+        ("timm/beit_base_patch16_224", SMALL, 64),
+        ("sam_vitb16", {**SMALL, "global_attn_indexes": (0,)}, 128),
+        ("dinov3_vits16", SMALL, 64),
+        ("pe_core_vitl14", SMALL, 56),
+        ("timm/resnet18", {}, 96),
+    ],
+)
+def test_a_network_of_any_size_comes_back(tmp_path, name, arch, size):
+    encoder, path = create_model(name, image_size=size, **arch).eval(), str(tmp_path / "a.safetensors")
+    save_encoder(encoder, path)
+    x = torch.rand(1, 3, size, size)
+    for again in (load_checkpoint(path), create_model(name, checkpoint=path, **arch)):
+        assert again.image_size == size
+        assert torch.equal(again.eval()(x).patch, encoder(x).patch)
+
+
+@torch.no_grad()
+def test_sam_takes_other_sizes_than_its_files(tmp_path):
+    arch = {**SMALL, "global_attn_indexes": (0,)}
+    save_encoder(create_model("sam_vitb16", image_size=128, **arch), tmp_path / "a.safetensors")
+    half = create_model("sam_vitb16", checkpoint=str(tmp_path / "a.safetensors"), image_size=64)
+    assert half.image_size == 64
+    assert half.eval()(torch.rand(1, 3, 64, 64)).grid == (4, 4)
+
+
+def test_the_bytes_of_a_file_depend_on_its_contents_alone(tmp_path):
+    encoder = create_model("proteus_vitt14", depth=1)
+    for index in range(8):
+        save_encoder(encoder, tmp_path / f"{index}.safetensors")
+    assert len({(tmp_path / f"{index}.safetensors").read_bytes() for index in range(8)}) == 1
+
+
+def test_tied_weights_are_saved(tmp_path):
+    encoder = create_model("proteus_vitt14", depth=2)
+    encoder.network.blocks[1].norm1 = encoder.network.blocks[0].norm1
+    save_encoder(encoder, tmp_path / "a.safetensors")
+    assert_same_network(load_checkpoint(str(tmp_path / "a.safetensors")), encoder, (28, 28))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *("null", "0", '""', "[]", "{}", "{", "[" * 200_000, '"x"'),
+        *({"mean": value} for value in (5, "abc", None, [0, 0], [0, 0, float("nan")])),
+        *({"std": value} for value in ([0, 0, 0], [1, -1, 1])),
+        *({"image_size": value} for value in (-5, 0, "x", {"a": 1}, [1, 2, 3], True)),
+        *({"native_grid": value} for value in ("x", [8], [0, 1])),
+        *({"position": value} for value in ([1], "x", 5)),
+        *({"num_heads": "x"}, {"norm_eps": "x"}, {"patch_norm": "no"}, {"arch": []}, {"name": 5}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_metadata_that_makes_no_sense_is_one_line(tmp_path, facts):
+    usual = {"name": "proteus_vitt14", "arch": {"depth": 1}, "image_size": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    text = facts if isinstance(facts, str) else json.dumps({**usual, **facts})
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"proteus": text})
+    for load in (load_checkpoint, lambda path: create_model("proteus_vitt14", checkpoint=path)):
+        with pytest.raises(InputError, match="what its metadata says of the network makes no sense") as caught:
+            load(str(tmp_path / "a.safetensors"))
+        assert len(caught.value.lines) == 1
 
 
 def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):

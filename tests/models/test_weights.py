@@ -248,3 +248,35 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
 def test_a_file_of_another_network_is_said_to_be_one(tmp_path):
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "linear.pth")
     assert "not a vision transformer" in said(load_checkpoint, str(tmp_path / "linear.pth"))
+
+
+@pytest.mark.parametrize("family", ["clip", "openclip", "synclr", "dino", "nonsense"])
+def test_a_family_that_the_file_cannot_be_of_is_refused(tmp_path, dinov2, family):
+    torch.save(dinov2, tmp_path / "a.pth")
+    words = "unknown family 'nonsense'" if family == "nonsense" else f"is not of the family {family}"
+    with pytest.raises(InputError, match=words):
+        load_checkpoint(str(tmp_path / "a.pth"), family, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {1: torch.zeros(2)},
+        {"pos_embed": torch.zeros(1, 0, 48)},
+        {"pos_embed": torch.zeros(5)},
+        {"reg_token": torch.zeros(4)},
+        {"blocks.x.y": torch.zeros(4)},
+        {"blocks.0.mlp.fc1.weight": torch.zeros(())},
+        {"cls_token": torch.zeros(4, 4).to_sparse()},
+    ],
+    ids=str,
+)
+def test_odd_tensors_are_one_line(tmp_path, dinov2, change):
+    torch.save({**dinov2, **change}, tmp_path / "a.pth")
+    for load in (
+        lambda path: load_checkpoint(path, num_heads=4),
+        lambda path: create_model("dinov2_vits14", checkpoint=path),
+    ):
+        with pytest.raises(InputError) as caught:
+            load(str(tmp_path / "a.pth"))
+        assert len(caught.value.lines) == 1

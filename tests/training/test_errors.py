@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.training.conftest import read_log
 
@@ -88,10 +89,13 @@ def test_weights_that_do_not_fit_are_named(complaint, run_here, tmp_path):
     assert run_here("schedule.steps=1", directory="first") == 0
     file = tmp_path / "first/student.safetensors"
     (line,) = complaint(f"student.checkpoint={file}", "student.arch.embed_dim=32")
+    assert "is of a network with embed_dim=16, not 32" in line
+    save_file(load_file(file), bare := tmp_path / "bare.safetensors")  # says nothing of itself
+    (line,) = complaint(f"student.checkpoint={bare}", "student.arch.embed_dim=32")
     assert "cls_token is [1, 1, 16], not [1, 1, 32]" in line
-    (line,) = complaint(f"student.checkpoint={file}", "student.arch.depth=3")
+    (line,) = complaint(f"student.checkpoint={bare}", "student.arch.depth=3")
     assert "missing: blocks.2.norm1.weight" in line
-    (line,) = complaint(f"student.checkpoint={file}", "student.arch.depth=1")
+    (line,) = complaint(f"student.checkpoint={bare}", "student.arch.depth=1")
     assert "unexpected: blocks.1.attn.proj.bias" in line
     (tmp_path / "broken.safetensors").write_bytes(b"not weights at all")
     (line,) = complaint(f"student.checkpoint={tmp_path / 'broken.safetensors'}")

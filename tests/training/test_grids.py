@@ -13,7 +13,7 @@ from proteus.losses import LOSSES, Projected, Target
 from proteus.models import create_model, load_checkpoint
 from proteus.models.features import Features, resize_patches
 from proteus.training.resize import resize_images, resize_mask
-from proteus.training.sizes import Sizes, match_sizes
+from proteus.training.sizes import Sizes, match_sizes, student_size
 from proteus.training.task import Adaptor, Distillation
 from proteus.training.teacher import Answer
 from tests.training.conftest import read_log
@@ -188,7 +188,8 @@ def test_sizes_follow_from_patches_and_losses(tiny, teachers, patch, asked, expe
     cfg = load_config(str(tiny), [f"losses={losses}", "teacher=null", f"teachers={json.dumps(sections)}"])
     cfg.student.image_size = asked
     built = [SimpleNamespace(encoder=encoder(own), image_size=size) for own, size, _ in teachers]
-    assert match_sizes(cfg, encoder(patch), built) == expected
+    student = encoder(patch)
+    assert match_sizes(cfg, student, student_size(cfg, student, built), built) == expected
 
 
 def summary(capsys):
@@ -271,3 +272,10 @@ def test_a_student_made_again_is_as_if_made_once(run_here, tmp_path):
     expected = create_model(VIT, image_size=32, **STUDENT | {"depth": 2}).network.state_dict()
     found = load_file(tmp_path / "run/student.safetensors")
     assert all(torch.allclose(found[key], expected[key], atol=1e-12) for key in found)
+
+
+def test_a_student_made_for_one_size_is_built_for_its_own(run_here, tmp_path):
+    arch = "{embed_dim: 12, depths: [1, 1, 1, 1], window_size: 2}"  # 32 pixels to a cell, and no other size at call
+    student = f"student={{name: timm/swin_tiny_patch4_window7_224, arch: {arch}}}"
+    assert run_here(student, "schedule.steps=1", "schedule.warmup_steps=0", "run.batch_size=4") == 0
+    assert load_checkpoint(str(tmp_path / "run/student.safetensors")).image_size == 128  # 4 x 4, as the teacher's

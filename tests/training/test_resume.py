@@ -167,7 +167,21 @@ def test_a_changed_config_is_told_on_resume(run_here, capsys):
 def test_a_checkpoint_of_another_network_is_an_error(run_here, capsys):
     assert run_here("schedule.steps=5") == 0
     assert run_here("schedule.steps=10", "student.arch.embed_dim=32") == 2
-    assert "is damaged or of another network" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "step_5 is of other networks: student was timm/vit_tiny_patch16_224 {" in said
+    assert said.endswith("at 16 px; start another run.dir")
+
+
+def test_teachers_that_change_their_places_are_an_error(run_here, capsys):
+    """Their heads would fit each other's student."""
+    arch = "{patch_size: 4, embed_dim: 16, num_heads: 2, depth: 1}"
+    one = f"{{name: timm/vit_tiny_patch16_224, checkpoint: random, arch: {arch}}}"
+    two = one.replace("depth: 1", "depth: 2")
+    assert run_here("teacher=null", f"teachers=[{one}, {two}]", "schedule.steps=5") == 0
+    for changed in (f"{two}, {one}", one, f"{one}, {two}, {one}", f"{one[:-1]}, standardize: true}}, {two}"):
+        assert run_here("teacher=null", f"teachers=[{changed}]", "schedule.steps=10") == 2
+        assert "step_5 is of other networks: teachers." in capsys.readouterr().err.splitlines()[-1]
+    assert run_here("teacher=null", f"teachers=[{one}, {two}]", "schedule.steps=6", "student.arch.drop_path=0.2") == 0
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.pt", "progress.json"])
