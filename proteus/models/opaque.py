@@ -39,7 +39,7 @@ class OpaqueEncoder(Encoder):
         own: bool = False,
     ):
         super().__init__(network, 3, name=name, mean=mean, std=std, arch=arch)
-        self._own = own
+        self._own, self._pools = own, hasattr(network, "forward_head")
         self.image_size = image_size
         self.num_blocks = len(getattr(network, "feature_info", ())) if not own else 0
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
@@ -143,11 +143,10 @@ class OpaqueEncoder(Encoder):
         """What stands for the whole image: timm's own pooling if it is as wide as the patches, else their mean."""
         if self._own:
             return normed[:, 0] if normed.ndim == 3 else patch.mean(dim=1)
-        if hasattr(self.network, "forward_head"):
+        if self._pools:
             pooled = self.network.forward_head(out, pre_logits=True)
-            if pooled.shape == patch[:, 0].shape:
-                return pooled
-        return patch.mean(dim=1)
+            self._pools = pooled.shape == patch[:, 0].shape  # some go on to another width (MobileNet)
+        return pooled if self._pools else patch.mean(dim=1)
 
     def _norm(self) -> nn.Module:
         """The norm that timm keeps for behind the pool, in the head (ConvNeXt) or beside it: each patch gets it too."""

@@ -151,10 +151,8 @@ def _build_timm(name: str, image_size: Size | None, arch: dict[str, Any]) -> Enc
     if not VitEncoder.wraps(network):
         return OpaqueEncoder(network, name=name, mean=mean, std=std, image_size=size, arch=arch)
     position = (entry.position if entry else _usual_position(architecture)) or TIMM
-    if position == PE:
-        network.rope.ref_feat_shape = (
-            None  # it counts on at other sizes; an argument None does not reach timm's builder
-        )
+    if position == PE:  # positions that count on at other sizes; the argument None does not reach timm's builder
+        network.rope.ref_feat_shape = None
     return VitEncoder(network, name=name, mean=mean, std=std, position=position, patch_norm=patch_norm, arch=arch)
 
 
