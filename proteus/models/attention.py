@@ -135,14 +135,20 @@ def _through_attend(stock: FunctionType) -> Callable:
 
 
 class ChosenAttention(layers.Attention):
+    """timm's Attention with the kernel of `use_attention`."""
+
     forward = _through_attend(layers.Attention.forward)
 
 
 class ChosenAttentionRope(layers.AttentionRope):
+    """timm's AttentionRope with the kernel of `use_attention`."""
+
     forward = _through_attend(layers.AttentionRope.forward)
 
 
 class ChosenEvaAttention(eva.EvaAttention):
+    """timm's EvaAttention with the kernel of `use_attention`."""
+
     forward = _through_attend(eva.EvaAttention.forward)
 
 
