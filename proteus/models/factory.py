@@ -127,6 +127,9 @@ def _load(
     std: Sequence[float] | None,
 ) -> Encoder:
     with _tensors_of(path):
+        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+        if facts and blocks and arch.get("depth", len(blocks)) != len(blocks):  # before a million of them are built
+            raise InputError(f"{path} holds {len(blocks)} blocks and says depth={arch['depth']!r}")
         size = _native_size(name, state, facts, path, image_size, arch)
     encoder = build(name, size, arch)
     with _tensors_of(path):

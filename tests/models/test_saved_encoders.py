@@ -207,6 +207,14 @@ def test_sam_takes_other_sizes_than_its_files(tmp_path):
     assert half.eval()(torch.rand(1, 3, 64, 64)).grid == (4, 4)
 
 
+def test_a_file_that_claims_more_blocks_than_it_holds_is_refused_at_once(tmp_path):
+    encoder = create_model("proteus_vitt14", depth=2)
+    encoder.arch["depth"] = 10**7
+    save_encoder(encoder, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="holds 2 blocks and says depth=10000000"):
+        load_checkpoint(str(tmp_path / "a.safetensors"))
+
+
 def test_the_bytes_of_a_file_depend_on_its_contents_alone(tmp_path):
     encoder = create_model("proteus_vitt14", depth=1)
     for index in range(8):
