@@ -26,8 +26,8 @@ bench: setup  ## the demo's table; trains what is not there yet
 demo-teacher: setup  ## train the demo's teacher (with labels) and replace the shipped file
 	$(BIN)/python -m benchmarks.demo.make_teacher
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup  ## in two processes, of one thread each
+	$(BIN)/python -m pytest -n 2
 
 test-slow: setup
 	$(BIN)/python -m pytest --slow -m slow

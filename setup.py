@@ -34,5 +34,8 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
     ],
-    extras_require={"export": EXPORT, "dev": [*EXPORT, "pytest>=8.0", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
+    extras_require={
+        "export": EXPORT,
+        "dev": [*EXPORT, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
+    },
 )
