@@ -95,8 +95,7 @@ def _build_teacher(
     mean, std = CONVENTIONS[cfg.normalize]
     with accelerator.local_main_process_first():  # which fetches them, should that be asked for
         checkpoint = find_weights(cfg)
-    size = image_size if checkpoint is None else None
-    encoder = create_model(cfg.name, checkpoint=checkpoint, image_size=size, mean=mean, std=std, **cfg.arch)
+    encoder = create_model(cfg.name, checkpoint=checkpoint, image_size=image_size, mean=mean, std=std, **cfg.arch)
     use_attention(encoder.network, attention)
     head = TeacherHead(cfg.head, encoder.embed_dim) if cfg.head else None
     teacher = Teacher(encoder, head, accelerator, cfg.dtype, image_size, name)

@@ -12,6 +12,7 @@ from proteus.config_files import load_config
 from proteus.losses import LOSSES, Projected, Target
 from proteus.models import create_model, load_checkpoint
 from proteus.models.features import Features, resize_patches
+from proteus.models.weights import save_encoder
 from proteus.training.resize import resize_images, resize_mask
 from proteus.training.sizes import Sizes, match_sizes, student_size
 from proteus.training.task import Adaptor, Distillation
@@ -279,3 +280,11 @@ def test_a_student_made_for_one_size_is_built_for_its_own(run_here, tmp_path):
     student = f"student={{name: timm/swin_tiny_patch4_window7_224, arch: {arch}}}"
     assert run_here(student, "schedule.steps=1", "schedule.warmup_steps=0", "run.batch_size=4") == 0
     assert load_checkpoint(str(tmp_path / "run/student.safetensors")).image_size == 128  # 4 x 4, as the teacher's
+
+
+def test_a_teacher_made_for_one_size_is_built_for_its_own_with_its_weights(run_here, tmp_path):
+    arch = {"embed_dim": 12, "depths": [1, 1, 1, 1], "window_size": 2}
+    weights = tmp_path / "swin.safetensors"
+    save_encoder(create_model("timm/swin_tiny_patch4_window7_224", image_size=64, **arch), weights)
+    teacher = f"{{name: timm/swin_tiny_patch4_window7_224, checkpoint: '{weights}', image_size: 128}}"
+    assert run_here(f"teacher={teacher}", "schedule.steps=1", "schedule.warmup_steps=0", "run.batch_size=4") == 0
