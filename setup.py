@@ -31,8 +31,10 @@ setup(
         "tensorboard>=2.16",
         "safetensors>=0.4.5",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "matplotlib>=3.8",
         "tqdm>=4.66",
+        "jinja2>=3.1",
     ],
     extras_require={
         "export": EXPORT,

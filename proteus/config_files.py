@@ -46,13 +46,13 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
     Raises `InputError` with a line for each thing that is wrong.
     """
     path = _find(name, Path.cwd())
-    tree = _read(path)
+    tree = read_tree(path)
     for override in overrides or []:
         _override(tree, override)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(*_explain(error, path.name)) from None
+        raise InputError(*explain(error, path.name)) from None
     if config.run.dir is None:
         config.run.dir = f"runs/{path.stem}"
     return config
@@ -71,7 +71,8 @@ def _find(name: str, beside: Path) -> Path:
     raise InputError(f"config {name!r} is neither a file nor a name under {CONFIGS}{nearest(name, known)}")
 
 
-def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as nested dictionaries, on top of the file that its `base` names; InputError where it is none."""
     path = path.resolve()
     if path in children:
         raise InputError(f"{path}: base leads back to the file itself")
@@ -84,7 +85,7 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merge(_read(_find(str(base), path.parent), (*children, path)), tree)
+    return _merge(read_tree(_find(str(base), path.parent), (*children, path)), tree)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +123,10 @@ def _place(branch: dict[str, Any] | list[Any], part: str, key: str) -> Any:
     return int(part)
 
 
-def _explain(error: ValidationError, file: str) -> list[str]:
+def explain(error: ValidationError, file: str, root: type[BaseModel] = Config) -> list[str]:
+    """A line for each thing of a file that does not fit the tree below `root`."""
     lines = []
-    keys = list(_keys(Config))
+    keys = list(_keys(root))
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")

@@ -15,6 +15,10 @@ class InputError(Exception):
         self.lines = lines
 
 
+class MissingDataError(InputError):
+    """A data set is not where it was looked for: a benchmark that was not asked for by name goes without it."""
+
+
 class UnreadableError(InputError):
     """Data that one process of a run met and the others did not: it is that process that says so."""
 

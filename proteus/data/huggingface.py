@@ -10,31 +10,58 @@ import numpy as np
 from PIL import Image
 
 from proteus.data.decode import decode
-from proteus.errors import InputError
+from proteus.errors import InputError, nearest
 
 
 class HuggingFaceSource:
-    """A dataset of Hugging Face `datasets`: its image column, and its class label where there is one."""
+    """A dataset of Hugging Face `datasets`: its image column, and its class label where there is one.
 
-    def __init__(self, root: str, split: str | None, use_labels: bool, download: bool):
+    image_column, label_column: which columns these are, where the set has several or calls them otherwise.
+    config:                     which of its configurations, where it has several.
+    where:                      what a message calls the set.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str | None,
+        use_labels: bool,
+        download: bool,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        config: str | None = None,
+        where: str | None = None,
+    ):
         import datasets  # slow to import and needed by few
 
-        data = _load_dataset(root, split, download)
+        where = where or f"data.root={root}"
+        data = _load_dataset(root, split, download, config, where)
+        for column in (image_column, label_column):
+            if column is not None and column not in data.features:
+                raise InputError(f"{where}: has no column {column!r}{nearest(column, data.features)}")
         images = [key for key, feature in data.features.items() if isinstance(feature, datasets.Image)]
+        images = images if image_column is None else [image_column]
         if len(images) != 1:
             found = images or "none"
-            raise InputError(f"data.root={root}: expected one image column, found {found} among {list(data.features)}")
+            raise InputError(f"{where}: expected one image column, found {found} among {list(data.features)}")
         labels = [key for key, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
         if not labels and "label" in data.features:
             labels = ["label"]
+        if label_column is not None:
+            labels = [label_column]
         self.labels: np.ndarray | None = None
         self.classes: list[str] = []
         if use_labels and len(labels) == 1:
             self.labels, self.classes = _class_numbers(data, labels[0])
+        if label_column is not None and self.labels is None:
+            raise InputError(
+                f"{where}: column {label_column!r} holds no class numbers or names, or not for every image"
+            )
         self._data = data.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
         self._column, self._root = images[0], root
         if not len(self._data):
-            raise InputError(f"data.root={root}: split {split or 'train'!r} is empty")
+            raise InputError(f"{where}: split {split or 'train'!r} is empty")
 
     def __len__(self) -> int:
         return len(self._data)
@@ -64,7 +91,7 @@ def _class_numbers(data: Any, column: str) -> tuple[np.ndarray | None, list[str]
     return None, []
 
 
-def _load_dataset(root: str, split: str | None, download: bool) -> Any:
+def _load_dataset(root: str, split: str | None, download: bool, config: str | None, where: str) -> Any:
     import datasets
 
     local = Path(root).expanduser()
@@ -75,15 +102,15 @@ def _load_dataset(root: str, split: str | None, download: bool) -> Any:
             if local.is_file():
                 kind = {".parquet": "parquet", ".arrow": "arrow"}.get(local.suffix)
                 if kind is None:
-                    raise InputError(f"data.root={root}: expected a .parquet or .arrow file, or a folder")
+                    raise InputError(f"{where}: expected a .parquet or .arrow file, or a folder")
                 return datasets.load_dataset(kind, data_files={split or "train": str(local)}, split=split or "train")
-            return datasets.load_dataset(str(local) if local.is_dir() else root, split=split or "train")
+            return datasets.load_dataset(str(local) if local.is_dir() else root, config, split=split or "train")
     except InputError:
         raise
     except Exception as error:  # the hub, the cache and every builder have errors of their own
         hint = "" if local.exists() or download else "; data.download=true may fetch it from the hub"
         message = " ".join(str(error).split())[:300]
-        raise InputError(f"data.root={root}, split {split or 'train'!r}: {message}{hint}") from None
+        raise InputError(f"{where}, split {split or 'train'!r}: {message}{hint}") from None
 
 
 def _split_on_disk(loaded: Any, split: str | None) -> Any:

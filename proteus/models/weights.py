@@ -126,6 +126,22 @@ def save_encoder(encoder: Encoder, path: str | Path, dtype: torch.dtype | None =
     own = encoder.network.state_dict()
     # Copies, because networks may tie weights, which the format does not know.
     state = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in own.items()}
+    written = save(state, metadata={"format": "pt", "proteus": _facts(encoder).model_dump_json()})
+    # Not save_file, whose files only their owner may read.
+    Path(path).write_bytes(_with_sorted_metadata(written))
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """SHA-256 over the network's weights and all that decides what it makes of an image, its statistics included."""
+    digest = hashlib.sha256(_facts(encoder).model_dump_json().encode())
+    for key, value in sorted(encoder.network.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _facts(encoder: Encoder) -> Facts:
     facts = Facts.model_construct(
         name=encoder.name, arch=encoder.arch, image_size=encoder.image_size, mean=encoder.mean, std=encoder.std
     )
@@ -133,9 +149,7 @@ def save_encoder(encoder: Encoder, path: str | Path, dtype: torch.dtype | None =
         facts.native_grid, facts.position = encoder.native_grid, encoder.position
         facts.num_heads, facts.norm_eps = encoder.num_heads, encoder.norm_eps
         facts.patch_norm = encoder.patch_norm
-    written = save(state, metadata={"format": "pt", "proteus": facts.model_dump_json()})
-    # Not save_file, whose files only their owner may read.
-    Path(path).write_bytes(_with_sorted_metadata(written))
+    return facts
 
 
 def _with_sorted_metadata(file: bytes) -> bytes:
