@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from proteus.evaluation.knn import knn_accuracy
+from proteus.errors import InputError
+from proteus.evaluation import knn as module
+from proteus.evaluation.knn import KS, knn, knn_accuracy
 
 
-def slow(bank, bank_labels, queries, labels, k, temperature) -> float:
+def slow(bank, bank_labels, queries, labels, k, temperature, top=1) -> float:
     def cosine(a, b):
         return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
 
@@ -18,7 +20,7 @@ def slow(bank, bank_labels, queries, labels, k, temperature) -> float:
         votes: dict[int, float] = {}
         for similarity, c in sorted(similarities, reverse=True)[:k]:
             votes[c] = votes.get(c, 0) + math.exp(similarity / temperature)
-        correct += max(votes, key=lambda c: votes[c]) == label
+        correct += label in sorted(votes, key=lambda c: -votes[c])[:top]
     return correct / len(labels)
 
 
@@ -61,3 +63,63 @@ def test_the_bank_finds_itself():
 def test_a_class_that_the_bank_does_not_know_is_never_right():
     points, labels = clouds(50, 3, seed=3)
     assert knn_accuracy(points, labels, points, torch.full_like(labels, 7), k=5) == 0
+
+
+@pytest.mark.parametrize("parts", [(1024, 65536), (7, 13), (40, 1)], ids=str)
+def test_several_k_at_once_in_parts_of_any_size(monkeypatch, parts):
+    monkeypatch.setattr(module, "QUERIES", parts[0])
+    monkeypatch.setattr(module, "BANK", parts[1])
+    bank, queries = clouds(60, 9, seed=1), clouds(40, 9, seed=2)
+    scores = knn(*bank, *queries, ks=(20, 3, 1000, 6))
+    assert list(scores) == [20, 3, 1000, 6]
+    for k, score in scores.items():
+        assert score.top1 == pytest.approx(slow(*bank, *queries, k, 0.07))
+        assert score.top5 == pytest.approx(slow(*bank, *queries, k, 0.07, top=5))
+    assert scores[20].top1 < scores[20].top5
+    assert scores[3] != scores[20]
+
+
+def test_the_published_k():
+    assert KS == (10, 20, 100, 200)
+    assert list(knn(*clouds(30, 3, 1), *clouds(5, 3, 2))) == [10, 20, 100, 200]
+
+
+def test_half_precision_features_are_compared_in_float32():
+    # Cosines of 0.01 and of 0.02 are both 1 in float16.
+    angles = torch.tensor([0.32, 0.31])
+    bank = torch.stack([angles.cos(), angles.sin()], dim=1).half()
+    query = torch.tensor([[math.cos(0.3), math.sin(0.3)]]).half()
+    for order in ([0, 1], [1, 0]):
+        assert knn(bank[order], torch.tensor(order), query, torch.tensor([1]), ks=(1,))[1].top1 == 1
+
+
+def test_of_equal_votes_the_first_class_wins():
+    bank, query = torch.eye(2).repeat(3, 1), torch.ones(1, 2)
+    labels = torch.tensor([4, 2, 2, 4, 4, 2])  # three votes each
+    assert knn_accuracy(bank, labels, query, torch.tensor([2]), k=6) == 1
+    assert knn_accuracy(bank, labels, query, torch.tensor([4]), k=6) == 0
+    assert knn(bank, labels, query, torch.tensor([4]), ks=(6,))[6].top5 == 1
+
+
+def test_a_class_without_a_vote_is_not_among_the_five():
+    # Two classes have votes; of the other eight none is nearer than another.
+    bank, labels = torch.eye(2), torch.tensor([3, 9])
+    for label in range(10):
+        score = knn(bank, labels, torch.ones(1, 2), torch.tensor([label]), ks=(2,))[2]
+        assert score.top5 == (label in (3, 9))
+        assert score.top1 == (label == 3)
+
+
+def test_nothing_to_vote():
+    points, labels = clouds(5, 2, seed=1)
+    with pytest.raises(InputError, match="k = 0 neighbours of 5 images"):
+        knn(points, labels, points, labels, ks=(3, 0))
+    with pytest.raises(InputError, match="k = 20 neighbours of 0 images"):
+        knn_accuracy(points[:0], labels[:0], points, labels)
+
+
+def test_a_query_that_is_not_a_number_is_never_right():
+    points, labels = clouds(5, 2, seed=1)
+    for label in (0, 1):
+        query = torch.full((1, 8), torch.nan)
+        assert knn(points, labels, query, torch.tensor([label]), ks=(3,))[3] == (0, 0)
