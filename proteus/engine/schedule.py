@@ -1,6 +1,7 @@
 """The learning rate as a function of the step."""
 
 import math
+from typing import Literal
 
 from proteus.config import Schedule
 
@@ -28,3 +29,27 @@ def warmup_steps(schedule: Schedule, steps_per_epoch: int) -> int:
 def scaled_rate(lr: float, lr_batch: int | None, global_batch: int) -> float:
     """Linear scaling: `lr` holds for a global batch of `lr_batch` images; None leaves it alone (Goyal et al., 2017)."""
     return lr if lr_batch is None else lr * global_batch / lr_batch
+
+
+def decayed_rate(
+    step: int,
+    total_steps: int,
+    base: float,
+    *,
+    shape: Literal["line", "cosine"],
+    warmup: int = 0,
+    start: float = 0.0,
+    final: float = 0.0,
+    shifted: bool = False,
+) -> float:
+    """Rate of update `step` (from 0) in mmcv's way: a curve from `base` to `final` * base, times a linear warm-up.
+
+    shape:   "line" (mmcv's poly with power 1) or "cosine".
+    warmup:  steps over which the factor rises from `start` to 1.
+    shifted: the curve begins where the warm-up ends (mmengine), not with the run (mmcv).
+    """
+    ramp = start + (1 - start) * step / warmup if step < warmup else 1.0
+    begin = warmup if shifted else 0
+    done = max(step - begin, 0) / (total_steps - begin)
+    left = 1 - done if shape == "line" else 0.5 * (1 + math.cos(math.pi * done))
+    return base * ramp * (final + (1 - final) * left)

@@ -1,5 +1,8 @@
 """The finite step: an update that is applied only where the gradient is finite, decided on the device."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -13,6 +16,17 @@ def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     """Fused AdamW. Weight decay on all but vectors (biases, norms, LayerScale): timm's rule, and the paper's code."""
     groups = param_groups_weight_decay(module, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def scaled_groups(groups: Iterable[dict[str, Any]], weight_decay: float, decay_vectors: bool) -> list[dict[str, Any]]:
+    """Groups that carry an `lr_scale`, with their weight decay: each split in two where vectors take none."""
+    split = []
+    for group in groups:
+        matrices = [p for p in group["params"] if decay_vectors or p.ndim > 1]
+        vectors = [p for p in group["params"] if not decay_vectors and p.ndim <= 1]
+        split += [group | {"params": matrices, "weight_decay": weight_decay}] if matrices else []
+        split += [group | {"params": vectors, "weight_decay": 0.0}] if vectors else []
+    return split
 
 
 def finite_step(

@@ -8,7 +8,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from proteus.config import Schedule
-from proteus.engine.schedule import learning_rate, scaled_rate
+from proteus.engine.schedule import decayed_rate, learning_rate, scaled_rate
 
 BASE = 3e-3
 
@@ -88,3 +88,34 @@ def test_the_warm_up_is_a_straight_line():
 )
 def test_linear_scaling(lr, lr_batch, batch, expected):
     assert scaled_rate(lr, lr_batch, batch) == pytest.approx(expected, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ mmcv's schedules
+
+
+@pytest.mark.parametrize(
+    ("step", "shape", "shifted", "expected"),
+    [
+        (0, "line", False, 0.1),  # the warm-up's start times the whole curve
+        (10, "line", False, (0.1 + 0.9 * 0.5) * 0.9),
+        (20, "line", False, 0.8),  # a fifth of the line is gone when the warm-up ends
+        (20, "line", True, 1.0),
+        (10, "line", True, 0.1 + 0.9 * 0.5),
+        (60, "line", True, 0.5),
+        (99, "line", False, 0.01),
+        (100, "line", True, 0.0),
+        (50, "cosine", False, 0.5),
+        (20, "cosine", False, (1 + math.cos(math.pi / 5)) / 2),
+        (40, "cosine", True, (1 + math.cos(math.pi / 4)) / 2),
+    ],
+)
+def test_a_curve_under_a_ramp(step, shape, shifted, expected):
+    rate = decayed_rate(step, 100, BASE, shape=shape, warmup=20, start=0.1, shifted=shifted)
+    assert rate == pytest.approx(BASE * expected, rel=1e-12)
+
+
+def test_a_curve_ends_where_it_is_told():
+    for shape in ("line", "cosine"):
+        assert decayed_rate(100, 100, BASE, shape=shape, final=0.1) == pytest.approx(0.1 * BASE)
+        assert decayed_rate(50, 100, BASE, shape=shape, final=0.1) == pytest.approx(0.55 * BASE)
+        assert decayed_rate(0, 100, BASE, shape=shape) == BASE

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from proteus.config import Optimizer
-from proteus.engine.update import build_optimizer, finite_step, set_rate
+from proteus.engine.update import build_optimizer, finite_step, scaled_groups, set_rate
 from proteus.models import create_model
 from proteus.training.sizes import Sizes
 from proteus.training.task import Adaptor, Distillation
@@ -115,6 +115,20 @@ def test_rates_follow_their_groups_scale(accelerator):
         set_rate(optimizer, rate)
         expected = [rate * 0.5**i for i in range(len(groups) - 1)] + [rate]
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("decay_vectors", [True, False])
+def test_groups_with_a_scale_are_split_by_what_decays(decay_vectors):
+    net = network()
+    first, last = list(net[0].parameters()), [*net[1].parameters(), *net[3].parameters()]
+    groups = scaled_groups(
+        [{"params": first, "lr_scale": 0.5}, {"params": last, "lr_scale": 1.0}, {"params": []}], 0.1, decay_vectors
+    )
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for part, scale in ((first, 0.5), (last, 1.0)):
+        for p in part:
+            assert found[id(p)] == (scale, 0.1 if p.ndim > 1 or decay_vectors else 0.0)
+    assert len(groups) == (2 if decay_vectors else 4)
 
 
 # ----------------------------------------------------------------------------------------------- the step itself
