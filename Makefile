@@ -16,12 +16,20 @@ setup: .venv/installed
 
 demo: setup  ## distil the digits teacher afresh and print what the student kept
 	rm -rf runs/demo runs/demo_supervised
-	$(MAKE) bench
-
-bench: setup  ## the demo's table; trains what is not there yet
 	$(LAUNCH) tools/train.py --cfg demo.yaml
 	$(LAUNCH) tools/train.py --cfg demo/supervised.yaml run.dir=runs/demo_supervised
 	$(BIN)/python -m benchmarks.demo.table
+
+OUT ?= runs/bench
+ifdef MODEL
+bench: setup  ## the 19 tasks: make bench MODEL=runs/x/student.safetensors DATA=/data [OUT=DIR] [ARGS="--teacher ..."]
+	$(BIN)/python benchmarks/run.py --model $(MODEL) $(if $(DATA),--data-root $(DATA)) --out $(OUT) $(ARGS)
+else
+bench: setup  ## the embedded tasks on the demo's student, which is trained where it is not there yet
+	$(LAUNCH) tools/train.py --cfg demo.yaml
+	$(BIN)/python benchmarks/run.py --model runs/demo/student.safetensors --teacher benchmarks/demo/teacher.safetensors \
+		--compare untrained:runs/demo/student.safetensors --tasks embedded --out $(OUT) $(ARGS)
+endif
 
 demo-teacher: setup  ## train the demo's teacher (with labels) and replace the shipped file
 	$(BIN)/python -m benchmarks.demo.make_teacher

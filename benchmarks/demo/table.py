@@ -17,10 +17,10 @@ from proteus.data.sources import build_source
 from proteus.errors import InputError
 from proteus.evaluation.features import class_tokens, load_images
 from proteus.evaluation.knn import knn_accuracy
-from proteus.evaluation.logistic import linear_probe
+from proteus.evaluation.logistic import logistic_probe
 from proteus.models import Encoder, create_model, load_checkpoint
 
-SWEEP = np.logspace(-1, 4, 6)  # weight decays: a coarse grid, for four networks in seconds
+SWEEP = np.logspace(1, -4, 6)  # values of C: a coarse grid, for four networks in seconds
 
 
 class Score(NamedTuple):
@@ -42,13 +42,11 @@ def measure(name: str, encoder: Encoder, cfg: Config) -> Score:
     )
     assert train.labels is not None
     assert test.labels is not None
-    tokens = (
-        class_tokens(encoder, train.images, torch.device("cpu")),
-        class_tokens(encoder, test.images, torch.device("cpu")),
-    )
-    linear = linear_probe(tokens[0].numpy(), train.labels, tokens[1].numpy(), test.labels, SWEEP)
-    knn = knn_accuracy(tokens[0], torch.from_numpy(train.labels), tokens[1], torch.from_numpy(test.labels))
-    return Score(name, sum(p.numel() for p in encoder.network.parameters()), linear.accuracy, knn)
+    bank = class_tokens(encoder, train.images, torch.device("cpu")), torch.from_numpy(train.labels)
+    held_out = class_tokens(encoder, test.images, torch.device("cpu")), torch.from_numpy(test.labels)
+    linear = logistic_probe(*bank, *held_out, grid=SWEEP)
+    knn = knn_accuracy(*bank, *held_out)
+    return Score(name, sum(p.numel() for p in encoder.network.parameters()), linear.score, knn)
 
 
 def scores(distilled: Path, supervised: Path) -> list[Score]:

@@ -23,7 +23,7 @@ class RunLock:
             self._file.seek(0)
             pid = self._file.read().strip() or "unknown"
             raise InputError(
-                f"{directory} is in use by process {pid}: wait for it, stop it, or give another run.dir"
+                f"{directory} is in use by process {pid}: wait for it, stop it, or give another folder"
             ) from None
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")

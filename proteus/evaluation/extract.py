@@ -46,6 +46,7 @@ def extract(
     *,
     cache: Path | None = None,
     identity: str = "",
+    weights: str | None = None,
     precision: Precision = "no",
 ) -> Tensor:
     """Class tokens [n, D] float32, on the CPU, of all images of a source in its order; the same on every process.
@@ -54,6 +55,7 @@ def extract(
                the encoder's weights and input convention, the view, the precision, `identity`, and the source's size,
                labels and a sample of its names.
     identity:  what the set is, such as its root and split: two sets of equal names and labels differ in it.
+    weights:   the encoder's `weights_hash`, where it is known already.
     precision: of the autocast on a GPU; on a CPU tokens are always computed in float32.
 
     InputError, on every process, where an image cannot be read: it names the image.
@@ -63,7 +65,7 @@ def extract(
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision] if device.type == "cuda" else None
     folder = None
     if cache is not None:
-        folder = cache / _key(encoder, source, view, str(dtype), identity)
+        folder = cache / _key(weights or weights_hash(encoder), source, view, str(dtype), identity)
         folder.mkdir(parents=True, exist_ok=True)
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
@@ -74,28 +76,30 @@ def extract(
     silent = not (missing and accelerator.is_main_process)
     with tqdm(total=sum(map(len, missing)), unit="image", leave=False, disable=silent) as bar:
         for chunk in missing:
-            tokens = []
+            parts = []
             for _ in range(0, len(chunk), view.batch_size):
                 images = next(batches)
                 if isinstance(images, InputError):
                     unreadable.append(str(images))
                     break
                 with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    tokens.append(encoder(images.to(device, non_blocking=True)).cls.float())
+                    parts.append(encoder(images.to(device, non_blocking=True)).cls.float())
                 bar.update(len(images))
             if unreadable:
                 break
-            found[chunk.start] = torch.cat(tokens).cpu()  # the one wait for the device
+            found[chunk.start] = torch.cat(parts).cpu()  # the one wait for the device
             if folder is not None:
                 _save(_file(folder, chunk), found[chunk.start])
     unreadable = _gathered(accelerator, unreadable)  # a barrier too: after it every chunk is on disk
     if unreadable:
         raise InputError(unreadable[0])
-    if folder is not None:
-        found |= {chunk.start: _load(_file(folder, chunk)) for chunk in chunks if chunk.start not in found}
-    elif accelerator.num_processes > 1:
+    if folder is None and accelerator.num_processes > 1:
         found = dict(_gathered(accelerator, list(found.items())))
-    return torch.cat([found[chunk.start] for chunk in chunks]) if chunks else torch.zeros(0, encoder.embed_dim)
+    tokens = torch.empty(len(source), encoder.embed_dim)
+    for chunk in chunks:
+        part = found.pop(chunk.start, None)
+        tokens[chunk.start : chunk.stop] = _load(_file(folder, chunk)) if part is None else part
+    return tokens
 
 
 def image_batches(source: Source, view: View, batches: list[list[int]], device: torch.device) -> DataLoader:
@@ -141,11 +145,11 @@ def _gathered(accelerator: Accelerator, items: list) -> list:
     return gather_object(items) if accelerator.num_processes > 1 else items
 
 
-def _key(encoder: Encoder, source: Source, view: View, dtype: str, identity: str) -> str:
+def _key(weights: str, source: Source, view: View, dtype: str, identity: str) -> str:
     sample = np.unique(np.linspace(0, len(source) - 1, min(64, len(source))).astype(int))
     labels = b"" if source.labels is None else np.ascontiguousarray(source.labels).tobytes()
     facts = {
-        "weights": weights_hash(encoder),
+        "weights": weights,
         "view": [view.size, view.crop],
         "dtype": dtype,
         "identity": identity,
@@ -156,7 +160,8 @@ def _key(encoder: Encoder, source: Source, view: View, dtype: str, identity: str
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _file(folder: Path, chunk: range) -> Path:
+def _file(folder: Path | None, chunk: range) -> Path:
+    assert folder is not None
     return folder / f"{chunk.start:08d}.npy"
 
 

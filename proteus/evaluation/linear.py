@@ -58,6 +58,12 @@ class LinearProtocol:
     batch_size: int = 256
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        if not (self.epochs > 0 and self.global_batch > 0 and self.rates and min(self.rates) > 0):
+            raise InputError("linear probe: epochs, global_batch and rates are above 0")
+        if not (0 <= self.held_out <= 0.1 and 0 < self.crop <= 1 and self.size > 0 and self.seed >= 0):
+            raise InputError("linear probe: held_out is 0 to 0.1, crop 0 to 1, size above 0, and seed at least 0")
+
 
 class HeadScore(NamedTuple):
     """Accuracy of one head of the grid at the end of training: on the validation set, and on held-out images."""

@@ -1,6 +1,7 @@
 """Sets with a target for every pixel: ADE20K and NYU-Depth V2."""
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from proteus.data.dense import PairedFiles, read_classes, read_depth
@@ -67,6 +68,9 @@ def paired_names(name: str, top: Path, images: str, targets: str) -> tuple[list[
     if not files:
         raise InputError(f"{name}: no images in {top / images}")
     paths = [f"{targets}/{PurePosixPath(file).stem}.png" for file in files]
+    for one, two in pairwise(zip(files, paths, strict=True)):
+        if one[1] == two[1]:
+            raise InputError(f"{name}: {top / images} holds {one[0]} and {two[0]}, which share {two[1]}; remove one")
     check_there(top, paths, f"{top / images} has an image of that name")
     return [f"{images}/{file}" for file in files], paths
 

@@ -27,18 +27,18 @@ class Whole(NamedTuple):
 
 
 def read(source: DenseSource, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image uint8 [H, W, 3] and target [H, W] uint8 or float32; InputError where one is not what it should be."""
+    """Image uint8 [H, W, 3] and target [H, W] uint8 or float32; UnreadableError where one is not what it should be."""
     name = source.name(index)
     try:
         image: Image.Image = source.load(index)
-    except InputError:
-        raise
+    except InputError as error:
+        raise UnreadableError(*error.lines) from None
     except Exception as error:  # a decoder of a broken file may raise anything
         raise UnreadableError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
     try:
         target = source.target(index)
-    except InputError:
-        raise
+    except InputError as error:
+        raise UnreadableError(*error.lines) from None
     except Exception as error:  # as above
         raise UnreadableError(f"the target of {name} cannot be read: {' '.join(str(error).split())}") from None
     if target.shape != (image.height, image.width):

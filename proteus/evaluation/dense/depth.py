@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from proteus.data.dense import DenseSource
 from proteus.data.transforms import seeded
+from proteus.errors import InputError, UnreadableError
 from proteus.evaluation.dense.augment import DepthView, resize
 from proteus.evaluation.dense.backbone import build_backbone
 from proteus.evaluation.dense.data import check_sources, whole_images
@@ -135,7 +136,10 @@ def _test(
     total = len(range(rank, len(source), processes))
     for number, image, target in tqdm(images, total=total, desc=f"{preset.name} test", unit="image", disable=not show):
         prediction = predict_depth(network, image.to(device).float() / 255, preset)
-        metric.update(prediction[None], target.to(device)[None])
+        try:
+            metric.update(prediction[None], target.to(device)[None])
+        except InputError as error:  # which the other processes do not meet
+            raise UnreadableError(f"{source.name(number)}: {error}") from None
         if number < SHOWN:
             pixels = image.permute(1, 2, 0).numpy()
             kept.append((number, DepthExample(pixels, target.numpy(), prediction.cpu().numpy())))
