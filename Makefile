@@ -38,7 +38,7 @@ test: setup  ## in two processes, of one thread each
 	$(BIN)/python -m pytest -n 2
 
 test-slow: setup
-	$(BIN)/python -m pytest --slow -m slow
+	$(BIN)/python -m pytest -n 2 --slow -m slow
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""L-BFGS for many regularised linear models at once (Liu and Nocedal, 1989), with a stop that bounds the error.
+"""L-BFGS for many regularised linear models at once (Liu and Nocedal, 1989), with a stop by the gradient's norm.
 
 Problem b minimises f_b(w) = strength_b * loss_b(z) + sum(decay * w^2) / 2, where z is linear in w. That the loss sees w
 only through z makes the line search cheap: along a direction d, z moves by t * dz, and no step that is tried needs
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 HISTORY = 10
-CHECK = 4  # iterations from one look at the certificate to the next: a look costs a value and waits for the device
+CHECK = 4  # iterations from one look at the certificate, which costs a value, to the next
 FLATTER = 0.9  # the share of the slope at the start that may be left where a step ends
 TRIALS = 20
 
@@ -109,7 +109,7 @@ def minimise(objective: Objective, start: Tensor, tolerance: float, max_iter: in
 
 
 def _certificate(state: _State, decay: Tensor) -> Tensor:
-    """A bound [B] on how far values are from their minima."""
+    """An estimate [B] of how far values are from their minima; a bound where all coordinates have decay 1."""
     return (state.gradient.square() / torch.where(decay > 0, 1, state.curvature)).sum((1, 2)) / 2
 
 
@@ -161,7 +161,7 @@ def _direction(state: _State) -> Tensor:
 
 
 def _search(objective: Objective, state: _State, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps [B] to where the slope has all but gone, with z and the residual there.
+    """Steps [B] to where the slope is flatter than at the start (FLATTER), with z and the residual there.
 
     Convexity makes the slope grow with the step: one that is still negative is a lower end, a positive one an upper
     end, and secants close in. Where that finds nothing in time, the lower end is taken, which is downhill or 0.

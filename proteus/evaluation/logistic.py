@@ -59,7 +59,7 @@ class LogisticResult(NamedTuple):
     @property
     def val_score(self) -> float:
         """The best validation score."""
-        return float(self.val_scores.max())
+        return float(np.nanmax(self.val_scores))
 
 
 class _Regression(NamedTuple):
@@ -102,10 +102,12 @@ def fit_logistic(x: Tensor, target: Tensor, grid: np.ndarray, max_iter: int = 10
     """Minimise C * sum of log losses + |weight|^2 / 2 for each C of the grid; the bias is not penalised.
 
     x [n, D]; target int64 [n]: one softmax over the classes 0 ... K - 1, each of which occurs; or bool [n, K]: K
-    independent binary fits a C. Computed on x's device in float64 until the gradient's norm shows the value within 1e-7
+    independent binary fits a C. Computed on x's device in float64 until the gradient's norm puts the value within 1e-7
     of the minimum (relative); `converged` says where max_iter did not suffice. Most C start from between those already
     solved: float32 would cost the smoothness of the path that this lives on.
     """
+    if not len(grid) or len(set(grid)) < len(grid) or not all(np.isfinite(c) and c > 0 for c in grid):
+        raise InputError("logistic regression: the grid of C holds numbers above 0, each once")
     x = x.double()
     mean = x.mean(0)
     # In the principal axes curvatures are near to a diagonal. Neither centre nor rotation changes the objective.
@@ -199,6 +201,8 @@ def logistic_probe(
         if not bool(x.isfinite().all()):
             bad = int((~x.isfinite().all(1)).nonzero()[0])
             raise InputError(f"logistic regression: the {name} features hold NaN or infinity, first in row {bad}")
+        if x.shape[1:] != train.shape[1:]:
+            raise InputError(f"logistic regression: {name} features have {x.shape[1]} values, train {train.shape[1]}")
     grid = GRIDS[protocol] if grid is None else grid
     train, test = train.to(device).double(), test.to(device).double()
     if val is None:
@@ -211,7 +215,9 @@ def logistic_probe(
         raise InputError(f"logistic regression: {len(fit)} training images leave none to choose C on; give more")
     sweep = _Sweep.fit(fit, fit_labels, held_x, protocol, grid)
     scores = np.array([_score(sweep.predict(i), held_labels, metric) for i in range(len(grid))])
-    best = int(np.argmax(scores))
+    if not np.isfinite(scores).any():
+        raise InputError("logistic regression: no class to be scored occurs in the validation part, so no C is better")
+    best = int(np.nanargmax(scores))
     warnings = sweep.warnings(grid)
     if len(grid) > 1 and grid[best] in (grid.min(), grid.max()):
         warnings.append(f"the best C, {grid[best]:.3g}, lies at an end of the grid")

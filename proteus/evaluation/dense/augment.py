@@ -172,12 +172,16 @@ def shift_hsv(
 
 
 def bts_colour(image: np.ndarray) -> np.ndarray:
-    """Half of the time gamma 0.9 to 1.1, brightness 0.75 to 1.25 and a factor of 0.9 to 1.1 for each channel (BTS)."""
+    """Half of the time gamma 0.9 to 1.1, brightness 0.75 to 1.25 and a factor of 0.9 to 1.1 for each channel.
+
+    Gamma acts on values of 0 to 255, as in the code DINOv2's heads were trained with; BTS itself has it on 0 to 1,
+    where it changes little.
+    """
     if random.random() >= 0.5:
         return image
     gamma, brightness = random.uniform(0.9, 1.1), random.uniform(0.75, 1.25)
     factors = np.array([random.uniform(0.9, 1.1) for _ in range(3)], dtype=np.float32)
-    return _clipped(255 * (image.astype(np.float32) / 255) ** gamma * brightness * factors)
+    return _clipped(image.astype(np.float32) ** gamma * brightness * factors)
 
 
 def albumentations_colour(image: np.ndarray) -> np.ndarray:

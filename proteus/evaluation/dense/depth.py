@@ -65,7 +65,7 @@ def depth(
 ) -> DepthResult:
     """Train a depth head by the preset and measure it on `test_set`, at the size of its targets.
 
-    The encoder comes back as it was, on the accelerator's device; a preset that fine-tunes trains a copy.
+    The encoder comes back as it was, but for its device; a preset that fine-tunes trains a copy.
     `accelerator` has no mixed precision of its own. Every process gets the same result. The protocols report the best
     of several checkpoints on the test set; this is the last. InputError where an image does not fit its target, or the
     crop of the metric; RunError where hardly a gradient is finite.
@@ -74,7 +74,9 @@ def depth(
     mode = encoder.training
     try:
         backbone = build_backbone(encoder, preset, accelerator.device)
-        with seeded(seed):  # the caller's generators stay where they are
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        # The caller's generators stay where they are.
+        with seeded(seed), torch.random.fork_rng(devices):
             head = build_head(preset, backbone.encoder.embed_dim, len(backbone.layers))
             network = Network(backbone, head, preset, accelerator)
             view = DepthView(preset, encoder.mean)

@@ -12,18 +12,18 @@ from proteus.models.features import Features
 
 
 class Dpt(nn.Module):
-    """Four blocks' tokens to metres [B, 1, H, W].
+    """Four blocks' tokens to metres [B, 1, H, W]. In both heads the class token is projected into the patches.
 
-    proteus False: the class token is projected into the patches, no BatchNorm, three convolutions with an upsampling
-    between them; depth = relu(x) + min_depth, at 16 times the grid.
-    proteus True:  patches alone, BatchNorm in the residual units, dropout and one convolution; depth is what comes
-    out, of either sign, at 8 times the grid.
+    proteus False: no BatchNorm, three convolutions with an upsampling between them; depth = relu(x) + min_depth, at 16
+    times the grid.
+    proteus True:  BatchNorm in the residual units, dropout and one convolution; depth is what comes out, of either
+    sign, at 8 times the grid.
     """
 
     def __init__(self, width: int, channels: int, *, proteus: bool, dropout: float, min_depth: float):
         super().__init__()
         self.proteus, self.min_depth = proteus, min_depth
-        self.reassemble = Reassemble(width, channels, readout=not proteus)
+        self.reassemble = Reassemble(width, channels)
         self.fusions = nn.ModuleList(Fusion(channels, norm=proteus, first=i == 0) for i in range(4))
         self.project = conv(channels, channels, 3, norm=proteus, act=True)
         self.predict: nn.Module
@@ -50,10 +50,10 @@ class Dpt(nn.Module):
 class Reassemble(nn.Module):
     """Four blocks' tokens to maps of `channels` at 4, 2, 1 and 1/2 times the grid, by way of D/8, D/4, D/2 and D."""
 
-    def __init__(self, width: int, channels: int, readout: bool):
+    def __init__(self, width: int, channels: int):
         super().__init__()
         widths = [width // 8, width // 4, width // 2, width]
-        self.readouts = nn.ModuleList(nn.Sequential(nn.Linear(2 * width, width), nn.GELU()) for _ in range(4 * readout))
+        self.readouts = nn.ModuleList(nn.Sequential(nn.Linear(2 * width, width), nn.GELU()) for _ in range(4))
         self.projects = nn.ModuleList(conv(width, w, 1) for w in widths)
         self.scales = nn.ModuleList(
             [
@@ -68,9 +68,8 @@ class Reassemble(nn.Module):
     def forward(self, features: Sequence[Features]) -> list[Tensor]:
         maps = []
         for i, part in enumerate(features):
-            if len(self.readouts):
-                both = torch.cat([part.patch, part.cls[:, None].expand_as(part.patch)], dim=-1)  # [B, N, 2D]
-                part = part._replace(patch=self.readouts[i](both))
+            both = torch.cat([part.patch, part.cls[:, None].expand_as(part.patch)], dim=-1)  # [B, N, 2D]
+            part = part._replace(patch=self.readouts[i](both))
             maps.append(self.widen[i](self.scales[i](self.projects[i](as_map(part)))))
         return maps
 

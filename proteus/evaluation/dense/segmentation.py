@@ -58,7 +58,7 @@ def segmentation(
 ) -> SegmentationResult:
     """Train a head for the classes of `train_set` by the preset, and measure it on `test_set` at full size.
 
-    The encoder comes back as it was, on the accelerator's device; a preset that fine-tunes trains a copy.
+    The encoder comes back as it was, but for its device; a preset that fine-tunes trains a copy.
     `accelerator` has no mixed precision of its own. Every process gets the same result. InputError where the sets do
     not fit each other, or an image does not fit its target; RunError where hardly a gradient is finite.
     """
@@ -66,7 +66,9 @@ def segmentation(
     mode = encoder.training
     try:
         backbone = build_backbone(encoder, preset, accelerator.device)
-        with seeded(seed):  # the caller's generators stay where they are
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        # The caller's generators stay where they are.
+        with seeded(seed), torch.random.fork_rng(devices):
             head = build_head(preset, backbone.encoder.embed_dim, len(backbone.layers), len(train_set.classes))
             network = Network(backbone, head, preset, accelerator)
             view = SegmentationView(preset, encoder.mean)

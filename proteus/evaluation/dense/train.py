@@ -62,7 +62,7 @@ def train(
     workers: int,
     progress: bool,
 ) -> list[str]:
-    """Train by the preset, in place; returns warnings. Views and dropout are functions of seed and step.
+    """Train by the preset, in place; returns warnings. Views depend on seed and step, dropout on the process as well.
 
     InputError where the processes do not divide the batch; RunError where most gradients are not finite.
     """
@@ -127,20 +127,21 @@ def parameter_groups(network: Network, preset: Preset) -> list[dict[str, Any]]:
     """The optimiser's groups: rates by depth, weight decay by the preset's rule.
 
     The encoder's by `Encoder.param_groups`: position embedding, class token and patch embedding
-    layer_decay ** (L + 1), block i layer_decay ** (L - i). Position embedding and class token do take weight decay.
+    layer_decay ** (L + 1), block i layer_decay ** (L - i). Position embedding and class token take weight decay like
+    the rest, unless the preset gives them a rate of their own: then they take none.
     """
     groups: list[dict[str, Any]] = [{"params": list(network.head.parameters()), "lr_scale": 1.0}]
+    own: list[nn.Parameter] = []
     if not preset.frozen:
         encoder = network.backbone.encoder
-        own = []
         if preset.positions_rate is not None:
             found = (getattr(encoder.network, name, None) for name in ("pos_embed", "cls_token"))
             own = [p for p in found if isinstance(p, nn.Parameter) and p.requires_grad]
-            groups.append({"params": own, "lr_scale": preset.positions_rate})
         for group in encoder.param_groups(preset.layer_decay):
             rest = [p for p in group["params"] if p.requires_grad and not any(p is other for other in own)]
             groups.append({"params": rest, "lr_scale": group["lr_scale"] * preset.backbone_rate})
-    return scaled_groups(groups, preset.weight_decay, preset.decay_vectors)
+    positions = [{"params": own, "lr_scale": preset.positions_rate, "weight_decay": 0.0}] if own else []
+    return scaled_groups(groups, preset.weight_decay, preset.decay_vectors) + positions
 
 
 def _complaints(skipped: int, preset: Preset) -> list[str]:

@@ -141,7 +141,7 @@ def test_dpt_parameters(d, c, proteus):
         head = dpt(d, c, proteus)
     widths = [d // 8, d // 4, d // 2, d]
     norm = 2 * c if proteus else 0
-    readouts = 0 if proteus else 4 * (2 * d * d + d)
+    readouts = 4 * (2 * d * d + d)
     projects = sum(d * w + w for w in widths)
     scales = 16 * widths[0] ** 2 + widths[0] + 4 * widths[1] ** 2 + widths[1] + 9 * d * d + d
     widen = sum(9 * w * c for w in widths)
@@ -151,14 +151,14 @@ def test_dpt_parameters(d, c, proteus):
     assert parameters(head) == readouts + projects + scales + widen + fusions + project + predict
 
 
-def test_the_class_token_is_read_by_dinov2s_head_alone():
+def test_the_class_token_is_read_by_both_heads():
     for proteus in (False, True):
         head = dpt(16, 8, proteus).eval()
         features = tokens(16, (4, 4))
         others = [part._replace(cls=part.cls + 5) for part in features]
         # the maps, not the depth: relu may hide them
         a, b = (torch.cat([x.flatten() for x in head.reassemble(f)]) for f in (features, others))
-        assert torch.equal(a, b) == proteus
+        assert not torch.equal(a, b)
 
 
 def test_proteus_depth_has_either_sign():
