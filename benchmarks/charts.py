@@ -37,6 +37,7 @@ def radar(tasks: Sequence[str], series: Sequence[Series]) -> str:
     axes.set_ylim(min([50.0, *known]) // 10 * 10, max([100.0, *known]) + 2)
     axes.set_xticks(angles, tasks, fontsize=8)
     axes.tick_params(axis="y", labelsize=7, colors="#666")
+    axes.tick_params(axis="x", pad=14)
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     axes.grid(color="#ddd")

@@ -1,11 +1,11 @@
 """The images of a task: its official folders, else a copy of the hub; checked against the counts of its file."""
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks.result import NotRun
 from benchmarks.task import Hub, Split, Task
@@ -14,6 +14,7 @@ from proteus.data.sets import open_set
 from proteus.data.sets.hub import hub_source
 from proteus.data.sources import Source
 from proteus.errors import InputError, MissingDataError
+from proteus.evaluation.extract import fingerprint
 from proteus.evaluation.linear_head import class_subset
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -24,7 +25,9 @@ class TaskData:
     """Opens the splits of tasks, each once, however many models look at it."""
 
     def __init__(self, root: Path | None, download: bool = False):
-        self._root, self._download = root.expanduser().resolve() if root else None, download
+        self._root, self._download = Path(os.path.realpath(os.path.expanduser(root))) if root else None, download
+        if self._root is not None and not self._root.is_dir():
+            raise InputError(f"--data-root {root}: no such folder")
         self._opened: dict[str, Any] = {}
         self._from_hub: set[str] = set()
 
@@ -53,15 +56,10 @@ class TaskData:
             yield from opened.values()
 
     def fingerprint(self, task: Task) -> str:
-        """A hash of where a task's images lie, how many they are, their labels, and a sample of their names."""
-        digest = hashlib.sha256(self.where(task).encode())
-        for source in self.parts(task):
-            labels = getattr(source, "labels", None)
-            digest.update(f"{len(source)} {source.classes}".encode())
-            digest.update(b"" if labels is None else np.ascontiguousarray(labels).tobytes())
-            for index in np.unique(np.linspace(0, len(source) - 1, min(64, len(source))).astype(int)):
-                digest.update(source.name(int(index)).encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        """A hash of where a task's images lie, how they are read, and what `extract` sees of them."""
+        how = task.data.model_dump(mode="json", include={"set", "options", "splits"})
+        facts = [self.where(task), how, *(fingerprint(source) for source in self.parts(task))]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def where(self, task: Task) -> str:
         """Where a task's images come from, for its result."""

@@ -8,7 +8,6 @@ from matplotlib import colormaps
 from PIL import Image
 
 from benchmarks.result import Picture
-from benchmarks.task import Task
 from proteus.data.dense import IGNORE
 from proteus.evaluation.dense.depth import DepthExample
 from proteus.evaluation.dense.segmentation import SegmentationExample
@@ -16,17 +15,16 @@ from proteus.evaluation.dense.segmentation import SegmentationExample
 HEIGHT, GAP = 160, 4  # pixels
 
 
-def draw(examples: Sequence[SegmentationExample] | Sequence[DepthExample], task: Task, folder: Path) -> list[Picture]:
-    """One PNG of rows (image, target, prediction), its name relative to the folder of all results."""
+def draw(examples: Sequence[SegmentationExample] | Sequence[DepthExample], title: str, path: Path) -> list[Picture]:
+    """One PNG of rows (image, target, prediction); its name is relative to the folder of all results."""
     if not examples:
         return []
     rows = [_row(example) for example in examples]
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    path = folder / f"{task.id}.png"
     Image.fromarray(np.concatenate(padded)).save(path)
-    file = path.relative_to(folder.parent.parent)
-    return [Picture(title=f"{task.title}: image, target, prediction", file=str(file))]
+    file = path.relative_to(path.parent.parent.parent)
+    return [Picture(title=f"{title}: image, target, prediction", file=str(file))]
 
 
 def _row(example: SegmentationExample | DepthExample) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from types import NoneType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from benchmarks.task import Protocol, Split, Task
 from proteus.data.sources import Source
 from proteus.errors import InputError, nearest
 from proteus.evaluation.dense.depth import DepthExample, depth
-from proteus.evaluation.dense.presets import depth_preset, segmentation_preset
+from proteus.evaluation.dense.presets import DepthPreset, SegmentationPreset, depth_preset, segmentation_preset
 from proteus.evaluation.dense.segmentation import SegmentationExample, segmentation
 from proteus.evaluation.extract import Precision, View, extract
 from proteus.evaluation.knn import KS, knn
@@ -31,6 +31,7 @@ from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_
 
 LINEAR_BATCH: dict[Protocol, int] = {"dinov2": 1024, "proteus": 512}  # images of a step; rates scale with it
 K = 20  # neighbours of the k-NN score that is reported; those of the other k stand beside it
+LISTS = {"rates", "ratios"}  # settings that may be longer or shorter than the protocol's
 NO_SETTINGS = {"name", "head", "size", "batch_size", "workers"}  # they are said elsewhere, or the preset
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Statistics = (IMAGENET_MEAN, IMAGENET_STD)
@@ -44,6 +45,7 @@ class Setting(NamedTuple):
     cache:  folder of the features of frozen encoders.
     folder: of the model's results, in which heads are kept.
     weights: the model's hash.
+    stems:   by task what its files are called, which says what they depend on.
     """
 
     data: TaskData
@@ -53,6 +55,7 @@ class Setting(NamedTuple):
     cache: Path
     folder: Path
     weights: str
+    stems: dict[str, str]
     batch_size: int
     workers: int
 
@@ -76,13 +79,31 @@ def evaluate(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
     return KINDS[task.kind](task, encoder, setting)
 
 
-def head_file(folder: Path, task: str) -> Path:
+def check(task: Task, encoder: Encoder, setting: Setting) -> None:
+    """InputError where a task's settings, size or kind do not fit the protocol, the encoder or the set."""
+    source = setting.data.open(
+        task, "test", **({"corruption": task.corruptions[0], "severity": 1} if task.corruptions else {})
+    )
+    if hasattr(source, "target") != (task.kind in ("segmentation", "depth")):
+        raise InputError(f"{task.id}: kind: {task.kind} is not measured on the set {task.data.set}")
+    if task.kind == "linear":
+        _linear_protocol(task, encoder, setting)
+    elif task.kind in ("segmentation", "depth"):
+        _dense_preset(task, encoder, setting)
+    else:
+        _known(task.settings, set(), task)
+        _size(task, encoder)
+    labels = getattr(source, "labels", None)
+    if labels is not None and (labels.ndim == 2) != (task.metric == "AP11" or task.kind == "real"):
+        raise InputError(f"{task.id}: metric: AP11 is for sets of several labels an image, and for those alone")
+
+
+def head_file(setting: Setting, task: str) -> Path:
     """Where the head that a linear task chose is kept."""
-    return folder / f"{task}.head.safetensors"
+    return setting.folder / f"{setting.stems[task]}.head.safetensors"
 
 
 def _knn(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    _known(task.settings, set(), task)
     with _convention(encoder, IMAGENET, setting) as statistics:
         bank, queries = (_tokens(task, split, encoder, setting, "fp16") for split in ("train", "test"))
     bank_labels, labels = (torch.from_numpy(_labels(task, split, setting)) for split in ("train", "test"))
@@ -93,13 +114,12 @@ def _knn(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
 
 
 def _linear(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    settings = LinearProtocol(size=_size(task, encoder), crop=task.crop, global_batch=LINEAR_BATCH[setting.protocol])
-    protocol = replace(_replaced(settings, task), batch_size=setting.batch_size, workers=setting.workers)
+    protocol = _linear_protocol(task, encoder, setting)
     train, test = (setting.data.open(task, split) for split in ("train", "test"))
     with _convention(encoder, IMAGENET, setting) as statistics:
         result = linear_probe(encoder, train, test, setting.accelerator, protocol)
     if setting.accelerator.is_main_process:
-        result.head.save(head_file(setting.folder, task.id))
+        result.head.save(head_file(setting, task.id))
     setting.accelerator.wait_for_everyone()
     seen = result.head.input
     figures = {"learning rate": result.head.lr, "blocks": seen.blocks, "mean patch token": float(seen.avgpool)}
@@ -111,7 +131,6 @@ def _linear(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
 
 
 def _logistic(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    _known(task.settings, set(), task)
     splits: list[Split] = ["train", "test", *(["val"] if "val" in task.data.splits else [])]  # type: ignore[list-item]
     protocol = task.protocol or setting.protocol
     # The paper's authors feed CLIP's statistics to every model, and compute in full precision.
@@ -137,7 +156,6 @@ def _logistic(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
 
 
 def _transfer(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    _known(task.settings, set(), task)
     head, source = _head(task, setting), setting.data.open(task, "test")
     with _convention(encoder, IMAGENET, setting) as statistics:
         score = top1(encoder, head, source, setting.accelerator, _view(task, encoder, setting))
@@ -145,7 +163,6 @@ def _transfer(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
 
 
 def _real(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    _known(task.settings, set(), task)
     head, source = _head(task, setting), setting.data.open(task, "test")
     label_sets = [np.flatnonzero(row > 0).tolist() for row in source.labels]
     with _convention(encoder, IMAGENET, setting) as statistics:
@@ -154,7 +171,6 @@ def _real(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
 
 
 def _corruptions(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    _known(task.settings, set(), task)
     head, view = _head(task, setting), _view(task, encoder, setting)
 
     def open_set(corruption: str, severity: int) -> Source:
@@ -168,7 +184,8 @@ def _corruptions(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
 
 
 def _segmentation(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    preset = _replaced(segmentation_preset(_preset(task, setting), encoder), task)
+    preset = _dense_preset(task, encoder, setting)
+    assert isinstance(preset, SegmentationPreset)
     train, test = (setting.data.open(task, split) for split in ("train", "test"))
     with _convention(encoder, (preset.mean, preset.std), setting) as statistics:
         result = segmentation(encoder, train, test, preset, accelerator=setting.accelerator, workers=setting.workers)
@@ -180,7 +197,8 @@ def _segmentation(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
 
 
 def _depth(task: Task, encoder: Encoder, setting: Setting) -> Outcome:
-    preset = _replaced(depth_preset(_preset(task, setting), encoder), task)
+    preset = _dense_preset(task, encoder, setting)
+    assert isinstance(preset, DepthPreset)
     train, test = (setting.data.open(task, split) for split in ("train", "test"))
     with _convention(encoder, (preset.mean, preset.std), setting) as statistics:
         result = depth(encoder, train, test, preset, accelerator=setting.accelerator, workers=setting.workers)
@@ -215,7 +233,7 @@ def _convention(encoder: Encoder, usual: Statistics, setting: Setting) -> Iterat
 
 
 def _tokens(task: Task, split: Split, encoder: Encoder, setting: Setting, precision: Precision) -> torch.Tensor:
-    return extract(
+    tokens = extract(
         encoder,
         setting.data.open(task, split),
         _view(task, encoder, setting),
@@ -225,6 +243,9 @@ def _tokens(task: Task, split: Split, encoder: Encoder, setting: Setting, precis
         weights=f"{setting.weights} {encoder.mean} {encoder.std}",
         precision=precision,
     )
+    if not bool(tokens.isfinite().all()):
+        raise InputError(f"{task.id}: the features of split {task.data.splits[split]!r} hold NaN or infinity")
+    return tokens
 
 
 def _labels(task: Task, split: Split, setting: Setting) -> np.ndarray:
@@ -236,7 +257,7 @@ def _labels(task: Task, split: Split, setting: Setting) -> np.ndarray:
 
 def _head(task: Task, setting: Setting) -> LinearHead:
     assert task.head is not None
-    return LinearHead.load(head_file(setting.folder, task.head))
+    return LinearHead.load(head_file(setting, task.head))
 
 
 def _view(task: Task, encoder: Encoder, setting: Setting) -> View:
@@ -255,10 +276,18 @@ def _size(task: Task, encoder: Encoder) -> int:
     return size
 
 
-def _preset(task: Task, setting: Setting) -> str:
+def _linear_protocol(task: Task, encoder: Encoder, setting: Setting) -> LinearProtocol:
+    usual = LinearProtocol(size=_size(task, encoder), crop=task.crop, global_batch=LINEAR_BATCH[setting.protocol])
+    return replace(_replaced(usual, task), batch_size=setting.batch_size, workers=setting.workers)
+
+
+def _dense_preset(task: Task, encoder: Encoder, setting: Setting) -> SegmentationPreset | DepthPreset:
     if setting.protocol not in task.presets:
         raise InputError(f"{task.id}: no preset for --protocol {setting.protocol}; it has {', '.join(task.presets)}")
-    return task.presets[setting.protocol]
+    name = task.presets[setting.protocol]
+    if task.kind == "segmentation":
+        return _replaced(segmentation_preset(name, encoder), task)
+    return _replaced(depth_preset(name, encoder), task)
 
 
 def _named(protocol: str, task: Task) -> str:
@@ -277,26 +306,36 @@ def _replaced(settings: T, task: Task) -> T:
     for key, value in task.settings.items():
         value = tuple(value) if isinstance(value, list) else value
         usual = getattr(settings, key)
-        # A window or a box may be none at all, where the protocol knows of that.
-        fits = NoneType in get_args(known[key].type) if value is None else _alike(value, usual)
+        kind = known[key].type
+        if value is None:  # a window or a box may be none at all, where the protocol knows of that
+            fits = NoneType in get_args(kind)
+        elif get_origin(kind) is Literal:
+            fits = value in get_args(kind)
+        else:
+            fits = _alike(value, usual, lengths=key not in LISTS)
         if not fits:
-            raise InputError(f"{task.id}: settings.{key}: {value!r} cannot stand for {usual!r}")
+            allowed = f": one of {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else ""
+            raise InputError(f"{task.id}: settings.{key}: {value!r} cannot stand for {usual!r}{allowed}")
         changes[key] = value
     return replace(settings, **changes)  # type: ignore[type-var]
 
 
-def _alike(value: Any, usual: Any) -> bool:
-    """Whether a value of a file can take the place of a protocol's own: a number for a number, a pair for a pair."""
-    if usual is None:
-        return True
+def _alike(value: Any, usual: Any, lengths: bool) -> bool:
+    """Whether a value of a file can take the place of a protocol's own: a number for a number, a pair for a pair.
+
+    No number that a protocol knows is below 0. lengths: whether a list has to be as long.
+    """
     if isinstance(usual, bool) or isinstance(value, bool):
         return isinstance(usual, bool) and isinstance(value, bool)
     if isinstance(usual, int):
-        return isinstance(value, int)
-    if isinstance(usual, float):
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int) and 0 <= value < 2**31
+    if isinstance(usual, float) or (usual is None and not isinstance(value, tuple)):
+        return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    if usual is None:
+        return all(_alike(part, 0, lengths) for part in value)
     if isinstance(usual, tuple):
-        return isinstance(value, tuple) and all(_alike(part, usual[0]) for part in value)
+        same = isinstance(value, tuple) and (len(value) == len(usual) if lengths else len(value) > 0)
+        return same and all(_alike(part, usual[0], lengths) for part in value)
     return isinstance(value, type(usual))
 
 

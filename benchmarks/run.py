@@ -11,6 +11,7 @@ accelerate launch --multi_gpu --num_processes 8 benchmarks/run.py ...
 import argparse
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher", help="its teacher: the report says what share of its score was kept")
     add("--compare", nargs="+", default=[], metavar="MODEL", help="others to measure beside it; a name of\n"
         "published.yaml that is no model's adds its published figures")  # fmt: skip
-    add("--tasks", nargs="+", default=["all"], help="all, a group, ids, or YAML files of your own (default: all)")
+    add("--tasks", nargs="+", default=["all"], help="all (the paper's 19), a group, ids, or YAML files of your own")
     add("--data-root", type=Path, help="the folder that holds the data sets")
     add("--out", type=Path, help="folder for results, report and cached features")
     add("--protocol", choices=["proteus", "dinov2"], default="proteus", help="whose protocol (default: proteus)")
@@ -88,19 +89,23 @@ def _run(args: argparse.Namespace, tasks: dict[str, Task], demanded: set[str]) -
 
     from benchmarks.data import TaskData, without_data
     from benchmarks.models import check_model, open_model
-    from benchmarks.protocols import Setting
+    from benchmarks.protocols import Setting, check
     from benchmarks.published import Published
     from proteus.engine.lock import RunLock
-    from proteus.models.zoo import is_known
 
     _check(args)
     specs = _specs(args)
-    # A model of the zoo is measured; of others that papers report there are only the figures.
-    reported = Published().models
-    published = [s for s, role in specs.items() if role == "compared" and s in reported and not is_known(s)]
-    measured = {spec: role for spec, role in specs.items() if spec not in published}
-    for spec in measured:
-        check_model(spec, args.download)
+    # Of a model that is not here there are still the figures that papers report.
+    measured: dict[str, Role] = {}
+    published = []
+    for spec, role in specs.items():
+        try:
+            check_model(spec, args.download)
+            measured[spec] = role
+        except InputError:
+            if role != "compared" or spec not in Published().models:
+                raise
+            published.append(spec)
     tasks = with_heads(tasks)
     data = TaskData(args.data_root, args.download)
     not_run, failed = without_data(tasks, data, demanded)
@@ -112,6 +117,7 @@ def _run(args: argparse.Namespace, tasks: dict[str, Task], demanded: set[str]) -
     lock = RunLock(args.out) if accelerator.is_main_process else None
     fingerprints = {task.id: data.fingerprint(task) for task in tasks.values() if task.id not in without}
     run = Run(tasks, fingerprints, [one.model for one in models], [], not_run, failed, published)
+    settings: list[Setting] = []
     for one in models:
         one.folder.mkdir(parents=True, exist_ok=True)
         setting = Setting(
@@ -122,9 +128,16 @@ def _run(args: argparse.Namespace, tasks: dict[str, Task], demanded: set[str]) -
             args.out / "features",
             one.folder,
             one.model.weights,
+            {},
             args.batch_size,
             args.workers,
         )
+        for task in tasks.values():
+            if task.id not in without:
+                setting.stems[task.id] = f"{task.id}-{run.key(task, one.model, setting)[:8]}"
+                check(task, one.encoder, setting)
+        settings.append(setting)
+    for one, setting in zip(models, settings, strict=True):
         for task in tasks.values():
             if task.id not in without:
                 _measure(task, run, one, setting)
@@ -168,7 +181,7 @@ class Run(NamedTuple):
             "tasks": [one.model_dump(mode="json", exclude=described | {"data"}) for one in depends],
             "data": [self.fingerprints[one.id] for one in depends],
             "weights": model.weights,
-            "protocol": setting.protocol,
+            "protocol": None if task.kind == "knn" else setting.protocol,
             "normalize": setting.normalize,
             "device": setting.accelerator.device.type,
             "proteus": __version__,
@@ -183,9 +196,10 @@ def _measure(task: Task, run: Run, measured: "Measured", setting: "Setting") -> 
     from benchmarks.protocols import evaluate, head_file
 
     accelerator, model, folder = setting.accelerator, measured.model, measured.folder
-    path, log, key = folder / f"{task.id}.json", folder / f"{task.id}.error.txt", run.key(task, model, setting)
+    stem, key = setting.stems[task.id], run.key(task, model, setting)
+    path, log = folder / f"{stem}.json", folder / f"{stem}.error.txt"
     found = read_result(path)
-    if found is not None and found.key == key and (task.kind != "linear" or head_file(folder, task.id).is_file()):
+    if found is not None and found.key == key and (task.kind != "linear" or head_file(setting, task.id).is_file()):
         _say(accelerator, f"{model.label}: {task.id}: {found.score:.4g} (finished before)")
         run.results.append(found.model_copy(update={"model": model.label}))
         return
@@ -198,6 +212,8 @@ def _measure(task: Task, run: Run, measured: "Measured", setting: "Setting") -> 
     start = time.perf_counter()
     try:
         outcome = evaluate(task, measured.encoder, setting)
+        if not math.isfinite(outcome.score):
+            raise RunError("; ".join(["the score is not a number", *outcome.warnings]))
     except Exception as error:
         # What one process alone meets leaves the others waiting for it: only without others do the tasks go on.
         alone = isinstance(error, UnreadableError) or not isinstance(error, InputError)
@@ -228,7 +244,7 @@ def _measure(task: Task, run: Run, measured: "Measured", setting: "Setting") -> 
         seconds=time.perf_counter() - start,
     )
     if accelerator.is_main_process:
-        result.pictures = draw(outcome.examples, task, folder)
+        result.pictures = draw(outcome.examples, task.title, folder / f"{stem}.png")
         write_json(path, result)
         log.unlink(missing_ok=True)
     accelerator.wait_for_everyone()

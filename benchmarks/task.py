@@ -1,5 +1,6 @@
 """A task of the suite: one small YAML file under `tasks/`, or a user's own anywhere."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,7 +155,7 @@ class Task(Section):
 def read_task(path: Path) -> Task:
     """A task's file; InputError with a line for each thing that is wrong with it."""
     try:
-        tree = read_tree(path)
+        tree = read_tree(path, FOLDER)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     try:
@@ -162,7 +163,7 @@ def read_task(path: Path) -> Task:
     except ValidationError as error:
         raise InputError(*explain(error, path.name, Task)) from None
     if task.data.root is not None:
-        task.data.root = str((path.parent / Path(task.data.root).expanduser()).resolve())
+        task.data.root = os.path.realpath(path.parent / os.path.expanduser(task.data.root))
     return task
 
 
@@ -175,7 +176,7 @@ def all_tasks() -> dict[str, Task]:
 def choose_tasks(words: list[str]) -> tuple[dict[str, Task], set[str]]:
     """The tasks that --tasks asks for, and the ids of those it asks for by name: their data must be there.
 
-    A word is `all` (everything but the embedded tasks), a group, an id, or a path to a user's own YAML file.
+    A word is `all` (the paper's 19), a group, an id, or a path to a user's own YAML file.
     """
     known = all_tasks()
     groups = {task.group for task in known.values()}
@@ -183,7 +184,7 @@ def choose_tasks(words: list[str]) -> tuple[dict[str, Task], set[str]]:
     by_name: set[str] = set()
     for word in (part for words_ in words for part in words_.split(",") if part):
         if word == "all":
-            chosen |= {key: task for key, task in known.items() if not task.smoke}
+            chosen |= {key: task for key, task in known.items() if task.number}
         elif word in groups:
             chosen |= {key: task for key, task in known.items() if task.group == word}
         elif word in known:

@@ -63,16 +63,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _find(name: str, beside: Path) -> Path:
-    for path in (beside / name, CONFIGS / name):
+def _find(name: str, beside: Path, library: Path = CONFIGS) -> Path:
+    for path in (beside / name, library / name):
         if path.is_file():
             return path
-    known = [str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")]
-    raise InputError(f"config {name!r} is neither a file nor a name under {CONFIGS}{nearest(name, known)}")
+    known = [str(path.relative_to(library)) for path in library.rglob("*.yaml")]
+    raise InputError(f"config {name!r} is neither a file nor a name under {library}{nearest(name, known)}")
 
 
-def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file as nested dictionaries, on top of the file that its `base` names; InputError where it is none."""
+def read_tree(path: Path, library: Path = CONFIGS, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as nested dictionaries, on top of the file that its `base` names, beside it or in the library.
+
+    InputError where it is none.
+    """
     path = path.resolve()
     if path in children:
         raise InputError(f"{path}: base leads back to the file itself")
@@ -85,7 +88,7 @@ def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merge(read_tree(_find(str(base), path.parent), (*children, path)), tree)
+    return _merge(read_tree(_find(str(base), path.parent, library), library, (*children, path)), tree)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Frozen class tokens of a whole set: shared out over the processes, kept on disk, safe to interrupt."""
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +54,8 @@ def extract(
     """Class tokens [n, D] float32, on the CPU, of all images of a source in its order; the same on every process.
 
     cache:     a folder (one that all processes see) in which finished chunks are kept and found again. Its key is
-               the encoder's weights and input convention, the view, the precision, `identity`, and the source's size,
-               labels and a sample of its names.
+               the encoder's weights and input convention, the view, the precision, `identity`, and the source's
+               `fingerprint`.
     identity:  what the set is, such as its root and split: two sets of equal names and labels differ in it.
     weights:   the encoder's `weights_hash`, where it is known already.
     precision: of the autocast on a GPU; on a CPU tokens are always computed in float32.
@@ -73,7 +75,7 @@ def extract(
     found: dict[int, Tensor] = {}
     unreadable: list[str] = []
     batches = iter(image_batches(source, view, list(_batches(missing, view.batch_size)), device))
-    silent = not (missing and accelerator.is_main_process)
+    silent = None if missing and accelerator.is_main_process else True  # None: where nobody looks on
     with tqdm(total=sum(map(len, missing)), unit="image", leave=False, disable=silent) as bar:
         for chunk in missing:
             parts = []
@@ -90,6 +92,7 @@ def extract(
             found[chunk.start] = torch.cat(parts).cpu()  # the one wait for the device
             if folder is not None:
                 _save(_file(folder, chunk), found[chunk.start])
+    del batches  # with the workers, which an unreadable image leaves in the middle of their work
     unreadable = _gathered(accelerator, unreadable)  # a barrier too: after it every chunk is on disk
     if unreadable:
         raise InputError(unreadable[0])
@@ -145,19 +148,23 @@ def _gathered(accelerator: Accelerator, items: list) -> list:
     return gather_object(items) if accelerator.num_processes > 1 else items
 
 
+def fingerprint(source: Any) -> str:
+    """A hash of a source's size, labels and classes, and of the names, sizes and times of up to 256 of its images."""
+    labels = getattr(source, "labels", None)
+    digest = hashlib.sha256(f"{len(source)} {source.classes}".encode("utf-8", "surrogateescape"))
+    digest.update(b"" if labels is None else np.ascontiguousarray(labels).tobytes())
+    for index in np.unique(np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)):
+        name = source.name(int(index))
+        digest.update(name.encode("utf-8", "surrogateescape"))
+        with contextlib.suppress(OSError, ValueError):  # not every name is a path
+            found = os.stat(name)
+            digest.update(f"{found.st_size} {found.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
 def _key(weights: str, source: Source, view: View, dtype: str, identity: str) -> str:
-    sample = np.unique(np.linspace(0, len(source) - 1, min(64, len(source))).astype(int))
-    labels = b"" if source.labels is None else np.ascontiguousarray(source.labels).tobytes()
-    facts = {
-        "weights": weights,
-        "view": [view.size, view.crop],
-        "dtype": dtype,
-        "identity": identity,
-        "count": len(source),
-        "labels": hashlib.sha256(labels).hexdigest(),
-        "names": [source.name(int(index)) for index in sample],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    facts = [weights, view.size, view.crop, dtype, identity, fingerprint(source)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
 def _file(folder: Path | None, chunk: range) -> Path:
@@ -174,4 +181,7 @@ def _save(path: Path, tokens: Tensor) -> None:
 
 
 def _load(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path))
+    try:
+        return torch.from_numpy(np.load(path))
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it, and it is computed again") from None

@@ -211,7 +211,7 @@ def _train(
     world, rank = accelerator.num_processes, accelerator.process_index
     sampler = Sampler(len(train), protocol.global_batch // world, world, seed=protocol.seed)
     batches = training_batches(dataset, sampler, 0, steps, rank, protocol.workers)
-    bar = tqdm(batches, "linear probe", steps, leave=False, disable=not accelerator.is_main_process)
+    bar = tqdm(batches, "linear probe", steps, leave=False, disable=None if accelerator.is_main_process else True)
     for step, batch in enumerate(bar):
         if batch.bad:
             raise _unreadable(train, batch)

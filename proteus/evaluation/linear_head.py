@@ -141,7 +141,9 @@ def classify(
     unreadable: list[str] = []
     mine = range(accelerator.process_index, len(source), accelerator.num_processes)
     batches = [list(mine[start : start + view.batch_size]) for start in range(0, len(mine), view.batch_size)]
-    with tqdm(total=len(source), unit="image", leave=False, disable=not accelerator.is_main_process) as bar:
+    with tqdm(
+        total=len(source), unit="image", leave=False, disable=None if accelerator.is_main_process else True
+    ) as bar:
         for numbers, images in zip(batches, image_batches(source, view, batches, device), strict=True):
             if isinstance(images, InputError):
                 unreadable.append(str(images))

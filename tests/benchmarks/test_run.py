@@ -100,7 +100,7 @@ def test_an_error_nobody_foresaw_is_kept_with_its_traceback(colours, model, comm
     tasks = ["--tasks", colours / "mine.yaml", colours / "second.yaml"]
     assert command("--model", model, *tasks, "--out", colours / "out") == 1
     assert scores(colours / "out") == {(str(model), "second"): 50.0}
-    (log,) = (colours / "out/models").glob("*/mine.error.txt")
+    (log,) = (colours / "out/models").glob("*/mine-*.error.txt")
     assert "ZeroDivisionError: in the middle of it" in log.read_text()
 
 
@@ -128,7 +128,7 @@ def test_an_interruption_loses_the_task_in_hand_alone(colours, model, command, m
 def test_a_half_written_result_is_run_again(colours, model, command):
     words = ["--model", model, "--tasks", colours / "mine.yaml", "--out", colours / "out"]
     assert command(*words) == 0
-    (path,) = (colours / "out/models").glob("*/mine.json")
+    (path,) = (colours / "out/models").glob("*/mine-*.json")
     Result.model_validate_json(path.read_text())
     path.write_text(path.read_text()[:50])
     assert command(*words) == 0
@@ -211,10 +211,11 @@ def test_data_that_is_not_what_its_task_says_is_one_line(colours, model, command
         (["--tasks", "cloudy"], "no such task, group or .yaml file"),
         (["--tasks", ","], "--tasks names no task"),
         (["--compare", "untrained:dinov2_vits15"], "dinov2_vits14"),
-        (["--compare", "dinov2_vits14"], "its weights are not on this disk"),
+        (["--teacher", "dinov2_vits14"], "its weights are not on this disk"),
+        (["--data-root", "/nowhere"], "--data-root /nowhere: no such folder"),
         (["--out", "/proc/nowhere/out"], "cannot be written"),
     ],
-    ids=["model", "no file", "batch size", "task", "no task", "untrained", "no weights", "unwritable"],
+    ids=["model", "no file", "batch size", "task", "no task", "untrained", "no weights", "no data root", "unwritable"],
 )
 def test_bad_words_are_one_line(colours, model, command, capsys, words, line):
     usual = {"--model": str(model), "--tasks": str(colours / "mine.yaml"), "--out": str(colours / "out")}
@@ -236,10 +237,80 @@ def test_bad_words_are_one_line(colours, model, command, capsys, words, line):
     ],
     ids=["unknown", "text", "none", "batch", "share", "elsewhere"],
 )
-def test_settings_a_protocol_has_not_fail_their_task(colours, model, command, settings, line):
+def test_settings_a_protocol_has_not_are_said_before_any_work(colours, model, command, capsys, settings, line):
     write_task(colours / "probe.yaml", kind="linear", settings=settings)
-    assert command("--model", model, "--tasks", colours / "probe.yaml", "--out", colours / "out") == 1
-    assert line in read_results(colours / "out").not_run[0].why
+    tasks = ["--tasks", colours / "mine.yaml", colours / "probe.yaml"]
+    assert command("--model", model, *tasks, "--out", colours / "out") == 2
+    assert line in errors(capsys)[0]
+    assert not list((colours / "out").glob("models/*/*.json"))
+
+
+DENSE = {
+    "kind": "segmentation",
+    "metric": "mIoU",
+    "presets": {"proteus": "dinov2-lin"},
+    "data": {
+        "set": "scenes",
+        "root": ".",
+        "splits": {"train": "train", "test": "test"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"settings": {"crop": [32]}}, "settings.crop: (32,) cannot stand for (512, 512)"),
+        ({"settings": {"crop": 32}}, "settings.crop: 32 cannot stand for (512, 512)"),
+        ({"settings": {"ratios": []}}, "settings.ratios: () cannot stand for"),
+        ({"settings": {"shape": "zigzag"}}, "'zigzag' cannot stand for 'line': one of line, cosine"),
+        ({"settings": {"clip_grad": -1}}, "settings.clip_grad: -1 cannot stand for None"),
+        ({"settings": {"lr": 0}}, "lr, the sizes and ratio_range (smallest, largest) are above 0"),
+        ({"settings": {"ratio_range": [2.0, 1.0]}}, "ratio_range (smallest, largest)"),
+        ({"presets": {"proteus": "dinov2-lni"}}, "did you mean 'dinov2-lin'?"),
+        ({"presets": {"dinov2": "dinov2-lin"}}, "no preset for --protocol proteus"),
+        ({"kind": "knn", "metric": "top-1", "presets": {}}, "kind: knn is not measured on the set scenes"),
+    ],
+    ids=["length", "no list", "empty", "word", "negative", "zero", "order", "preset", "protocol", "kind"],
+)
+def test_dense_settings_that_make_no_sense_are_one_line(colours, model, command, capsys, change, line):
+    write_task(colours / "dense.yaml", **(DENSE | change))
+    assert command("--model", model, "--tasks", colours / "dense.yaml", "--out", colours / "out") == 2
+    (said,) = errors(capsys)
+    assert line in said
+
+
+def test_results_of_several_protocols_lie_side_by_side(colours, model, command, monkeypatch):
+    ran = []
+    measure = protocols.evaluate
+    monkeypatch.setattr(protocols, "evaluate", lambda task, *rest: ran.append(task.id) or measure(task, *rest))
+    linear = {"settings": {"epochs": 4, "global_batch": 4, "held_out": 0.1}}
+    write_task(colours / "probe.yaml", kind="linear", **linear)
+    data = {"set": "folder", "root": "photos", "splits": {"test": "test"}}
+    write_task(colours / "other.yaml", kind="transfer", head="probe", data=data)
+    words = ["--model", model, "--tasks", colours / "probe.yaml", colours / "other.yaml", "--out", colours / "out"]
+    for normalize in ("own", "protocol", "own"):
+        assert command(*words, "--normalize", normalize) == 0
+    assert ran == ["probe", "other"] * 2
+    assert len(list((colours / "out/models").glob("*/*.head.safetensors"))) == 2
+
+
+def test_a_score_that_is_no_number_is_a_failure(colours, model, command, monkeypatch):
+    nothing = protocols.Outcome(float("nan"), "dinov2", ((0.0,) * 3, (1.0,) * 3), {}, ["no pixel counts"])
+    monkeypatch.setattr(protocols, "evaluate", lambda *_: nothing)
+    assert command("--model", model, "--tasks", colours / "mine.yaml", "--out", colours / "out") == 1
+    assert "the score is not a number; no pixel counts" in read_results(colours / "out").not_run[0].why
+
+
+def test_other_options_of_a_set_are_another_result(colours, model, command, monkeypatch):
+    ran = []
+    one = protocols.Outcome(50.0, "dinov2", ((0.0,) * 3, (1.0,) * 3), {}, [])
+    monkeypatch.setattr(protocols, "evaluate", lambda task, *_: ran.append(task.id) or one)
+    for options in ({}, {"classes": ["green", "red"]}, {}):
+        data = {"set": "folder", "root": "photos", "splits": {"train": "train", "test": "test"}, "options": options}
+        write_task(colours / "mine.yaml", data=data)
+        assert command("--model", model, "--tasks", colours / "mine.yaml", "--out", colours / "out") == 0
+    assert len(ran) == 2
 
 
 def test_a_folder_in_use_is_left_alone(colours, model, command, capsys, monkeypatch):

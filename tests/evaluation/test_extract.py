@@ -120,7 +120,7 @@ def test_processes_share_the_chunks_and_agree(tmp_path, small_chunks, seen, monk
     seen.clear()
     monkeypatch.setattr(module, "gather_object", lambda items: items)
     # The first process to finish would wait for the other; by hand, it comes again.
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="No such file"):
         extract(encoder(), digits(), VIEW, process(1, 2), cache=tmp_path)
     assert sum(seen) == 16 + 2  # chunks 1 and 3
     both = extract(encoder(), digits(), VIEW, process(0, 2), cache=tmp_path)
@@ -149,3 +149,27 @@ def test_a_broken_image_is_named_and_what_was_finished_stays(tmp_path, small_chu
 
 def test_an_empty_set_has_no_tokens():
     assert extract(encoder(), digits(0), VIEW, process(0, 1)).shape == (0, 32)
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    extract(encoder(), digits(), VIEW, process(0, 1), cache=tmp_path)
+    (part,) = tmp_path.glob("*/*.npy")
+    part.write_bytes(part.read_bytes()[:90])
+    with pytest.raises(InputError, match=r"00000000\.npy is damaged .*: delete it"):
+        extract(encoder(), digits(), VIEW, process(0, 1), cache=tmp_path)
+    part.unlink()
+    assert len(extract(encoder(), digits(), VIEW, process(0, 1), cache=tmp_path)) == 50
+
+
+def test_an_image_that_is_exchanged_for_another_is_seen(tmp_path, seen):
+    (tmp_path / "set/a").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"set/a/{number}.png")
+    source = FolderSource(tmp_path / "set")
+    source.name = lambda index: str(tmp_path / f"set/a/{index}.png")
+    extract(encoder(), source, VIEW, process(0, 1), cache=tmp_path / "cache")
+    extract(encoder(), source, VIEW, process(0, 1), cache=tmp_path / "cache")
+    assert sum(seen) == 3
+    Image.effect_noise((16, 16), 50).save(tmp_path / "set/a/1.png")
+    extract(encoder(), source, VIEW, process(0, 1), cache=tmp_path / "cache")
+    assert sum(seen) == 6

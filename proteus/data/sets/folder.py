@@ -34,8 +34,12 @@ def folder_segmentation(
     ignore, reduce_zero_label: see `read_classes`.
     """
     top = _split("folder-segmentation", root, split, f"{images}/X.jpg and {masks}/X.png")
-    if not 1 <= len(classes) <= IGNORE:
-        raise InputError(f"folder-segmentation: {len(classes)} classes; there may be 1 to {IGNORE}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"folder-segmentation: classes={classes!r}: a list of names, in quotes where they are numbers")
+    if not 1 <= len(set(classes)) == len(classes) <= IGNORE:
+        raise InputError(f"folder-segmentation: {len(classes)} classes: 1 to {IGNORE}, each once")
+    if not isinstance(reduce_zero_label, bool) or not isinstance(ignore, int):
+        raise InputError("folder-segmentation: reduce_zero_label is true or false, and ignore a whole number")
     pairs = paired_names("folder-segmentation", top, images, masks)
     read = partial(read_classes, classes=len(classes), reduce_zero_label=reduce_zero_label, ignore=ignore)
     return PairedFiles(top, *pairs, list(classes), read)
@@ -55,6 +59,8 @@ def folder_depth(
     per_metre, invalid: see `read_depth`.
     """
     top = _split("folder-depth", root, split, f"{images}/X.jpg and {depths}/X.png")
+    if not isinstance(per_metre, int | float) or not isinstance(invalid, list | tuple):
+        raise InputError(f"folder-depth: per_metre={per_metre!r} is a number, and invalid={invalid!r} a list of them")
     if not per_metre > 0:
         raise InputError(f"folder-depth: per_metre={per_metre} must be above 0")
     pairs = paired_names("folder-depth", top, images, depths)

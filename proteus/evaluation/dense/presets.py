@@ -75,6 +75,9 @@ class Preset:
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.batch < 1 or min(self.crop) < 1 or min(self.stride) < 1:
             raise InputError(f"{self.name}: iterations, batch, crop and stride are at least 1")
+        sizes = [size for size in (self.short, self.long, self.test_short, self.test_long) if size is not None]
+        if self.lr <= 0 or min(sizes) < 1 or not 0 < self.ratio_range[0] <= self.ratio_range[1]:
+            raise InputError(f"{self.name}: lr, the sizes and ratio_range (smallest, largest) are above 0")
         if not 0 <= self.warmup < self.iterations:
             raise InputError(
                 f"{self.name}: a warm-up of {self.warmup} steps in a run of {self.iterations}; shorten it too"
@@ -131,6 +134,13 @@ class DepthPreset(Preset):
     gradient_weight: float = 0.0
     clamp: bool
     crop_metric: Crop | None = EIGEN_CROP
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.min_depth < self.max_depth or self.bins < 2 or self.channels < 1 or self.upsample < 1:
+            raise InputError(
+                f"{self.name}: 0 < min_depth < max_depth, bins at least 2, channels and upsample at least 1"
+            )
 
 
 _DINOV2_LIN = SegmentationPreset(

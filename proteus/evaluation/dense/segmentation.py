@@ -123,7 +123,9 @@ def _test(
     show = progress and accelerator.is_main_process
     images = whole_images(source, rank, processes, workers)
     total = len(range(rank, len(source), processes))
-    for number, image, target in tqdm(images, total=total, desc=f"{preset.name} test", unit="image", disable=not show):
+    for number, image, target in tqdm(
+        images, total=total, desc=f"{preset.name} test", unit="image", disable=None if show else True
+    ):
         prediction = predict_classes(network, image.to(device).float() / 255, preset)
         metric.update(prediction, target.to(device))
         if number < SHOWN:

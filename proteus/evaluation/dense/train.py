@@ -79,7 +79,7 @@ def train(
 
     model.train()
     show = progress and accelerator.is_main_process
-    for step in tqdm(range(preset.iterations), desc=preset.name, unit="step", disable=not show):
+    for step in tqdm(range(preset.iterations), desc=preset.name, unit="step", disable=None if show else True):
         images, target = (x.to(device, non_blocking=True) for x in next(batches))
         set_rate(optimizer, rate_of(step, preset))
         torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))  # on all devices

@@ -186,7 +186,7 @@ def test_own_masks(tmp_path):
     assert "labels/1.png: not there, though" in told("folder-segmentation", tmp_path, "val", **options)
     options["masks"] = "masks"
     assert "val/masks: no such folder" in told("folder-segmentation", tmp_path, "val", **options)
-    assert "0 classes; there may be 1 to 255" in told("folder-segmentation", tmp_path, "val", classes=[])
+    assert "0 classes: 1 to 255, each once" in told("folder-segmentation", tmp_path, "val", classes=[])
 
 
 def test_own_depths(tmp_path):
