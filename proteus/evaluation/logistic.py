@@ -295,6 +295,7 @@ def split(n: int, protocol: Protocol) -> tuple[Tensor, Tensor]:
 
 
 def standardise(fit: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [n, D] and [m, D] z-scored by the first's mean and population deviation; what never varies there is 0."""
     mean, std = fit.mean(0), fit.std(0, correction=0)
     varies = fit.amax(0) > fit.amin(0)  # the std of a constant is not always 0
     scale = torch.where(varies, 1 / torch.where(varies, std, 1), 0)
