@@ -213,7 +213,7 @@ def _measure(task: Task, run: Run, measured: "Measured", setting: "Setting") -> 
     try:
         outcome = evaluate(task, measured.encoder, setting)
         if not math.isfinite(outcome.score):
-            raise RunError("; ".join(["the score is not a number", *outcome.warnings]))
+            raise InputError("; ".join(["the score is not a number", *outcome.warnings]))  # and so say all processes
     except Exception as error:
         # What one process alone meets leaves the others waiting for it: only without others do the tasks go on.
         alone = isinstance(error, UnreadableError) or not isinstance(error, InputError)
