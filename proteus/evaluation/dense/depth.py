@@ -5,22 +5,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from proteus.data.dense import DenseSource
 from proteus.data.transforms import seeded
-from proteus.errors import InputError, UnreadableError
 from proteus.evaluation.dense.augment import DepthView, resize
 from proteus.evaluation.dense.backbone import build_backbone
-from proteus.evaluation.dense.data import check_sources, whole_images
+from proteus.evaluation.dense.data import check_sources
 from proteus.evaluation.dense.dpt import Dpt
 from proteus.evaluation.dense.heads import BinsDepth
 from proteus.evaluation.dense.inference import Predict, views
 from proteus.evaluation.dense.losses import gradient_loss, sig_loss, silog_loss
+from proteus.evaluation.dense.measure import measure
 from proteus.evaluation.dense.presets import DepthPreset
-from proteus.evaluation.dense.segmentation import SHOWN
 from proteus.evaluation.dense.train import Loss, Network, train
 from proteus.evaluation.dense_metrics import DepthMetric
 from proteus.models.encoder import Encoder
@@ -81,7 +78,18 @@ def depth(
             network = Network(backbone, head, preset, accelerator)
             view = DepthView(preset, encoder.mean)
             warnings = train(network, build_loss(preset), train_set, view, preset, accelerator, seed, workers, progress)
-        metric, examples = _test(network, test_set, preset, accelerator, workers, progress)
+        metric = DepthMetric(preset.min_depth, preset.max_depth, preset.crop_metric, preset.clamp)
+        metric = metric.to(accelerator.device)
+        examples = measure(
+            lambda image: predict_depth(network, image, preset),
+            test_set,
+            metric,
+            lambda image, target, prediction: DepthExample(image, target, prediction.numpy()),
+            preset.name,
+            accelerator=accelerator,
+            workers=workers,
+            progress=progress,
+        )
     finally:
         encoder.train(mode)
     scores = metric.compute()
@@ -125,26 +133,3 @@ def predict_depth(predict: Predict, image: Tensor, preset: DepthPreset) -> Tenso
     size = image.shape[-2], image.shape[-1]
     each = [resize(metres[None], size)[0, 0] for metres in views(bounded, image, preset)]
     return torch.stack(each).mean(0)
-
-
-def _test(
-    network: Network, source: DenseSource, preset: DepthPreset, accelerator: Accelerator, workers: int, progress: bool
-) -> tuple[DepthMetric, list[DepthExample]]:
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    metric = DepthMetric(preset.min_depth, preset.max_depth, preset.crop_metric, preset.clamp).to(device)
-    kept: list[tuple[int, DepthExample]] = []
-    show = progress and accelerator.is_main_process
-    images = whole_images(source, rank, processes, workers)
-    total = len(range(rank, len(source), processes))
-    for number, image, target in tqdm(
-        images, total=total, desc=f"{preset.name} test", unit="image", disable=None if show else True
-    ):
-        prediction = predict_depth(network, image.to(device).float() / 255, preset)
-        try:
-            metric.update(prediction[None], target.to(device)[None])
-        except InputError as error:  # which the other processes do not meet
-            raise UnreadableError(f"{source.name(number)}: {error}") from None
-        if number < SHOWN:
-            pixels = image.permute(1, 2, 0).numpy()
-            kept.append((number, DepthExample(pixels, target.numpy(), prediction.cpu().numpy())))
-    return metric, [example for _, example in sorted(gather_object(kept), key=lambda pair: pair[0])]

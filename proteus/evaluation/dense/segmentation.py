@@ -5,25 +5,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from proteus.data.dense import DenseSource
 from proteus.data.transforms import seeded
 from proteus.evaluation.dense.augment import SegmentationView, resize
 from proteus.evaluation.dense.backbone import build_backbone
-from proteus.evaluation.dense.data import check_sources, whole_images
+from proteus.evaluation.dense.data import check_sources
 from proteus.evaluation.dense.heads import LinearSegmentation
 from proteus.evaluation.dense.inference import Predict, views
 from proteus.evaluation.dense.losses import cross_entropy
+from proteus.evaluation.dense.measure import measure
 from proteus.evaluation.dense.presets import SegmentationPreset
 from proteus.evaluation.dense.train import Loss, Network, train
 from proteus.evaluation.dense.upernet import Logits, UperNet
 from proteus.evaluation.dense_metrics import SegmentationMetric
 from proteus.models.encoder import Encoder
-
-SHOWN = 4  # test images that are kept to be looked at
 
 
 class SegmentationExample(NamedTuple):
@@ -73,7 +70,17 @@ def segmentation(
             network = Network(backbone, head, preset, accelerator)
             view = SegmentationView(preset, encoder.mean)
             warnings = train(network, build_loss(preset), train_set, view, preset, accelerator, seed, workers, progress)
-        metric, examples = _test(network, test_set, preset, accelerator, workers, progress)
+        metric = SegmentationMetric(len(test_set.classes)).to(accelerator.device)
+        examples = measure(
+            lambda image: predict_classes(network, image, preset),
+            test_set,
+            metric,
+            lambda image, target, prediction: SegmentationExample(image, target, prediction.byte().numpy()),
+            preset.name,
+            accelerator=accelerator,
+            workers=workers,
+            progress=progress,
+        )
     finally:
         encoder.train(mode)
     return SegmentationResult(*metric.compute(), warnings, examples)
@@ -107,28 +114,3 @@ def predict_classes(predict: Predict, image: Tensor, preset: SegmentationPreset)
         logits = resize(logits[None], size)[0]  # [classes, H, W]
         total = total + (logits.softmax(0) if several else logits)
     return total.argmax(0)
-
-
-def _test(
-    network: Network,
-    source: DenseSource,
-    preset: SegmentationPreset,
-    accelerator: Accelerator,
-    workers: int,
-    progress: bool,
-) -> tuple[SegmentationMetric, list[SegmentationExample]]:
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    metric = SegmentationMetric(len(source.classes)).to(device)
-    kept: list[tuple[int, SegmentationExample]] = []
-    show = progress and accelerator.is_main_process
-    images = whole_images(source, rank, processes, workers)
-    total = len(range(rank, len(source), processes))
-    for number, image, target in tqdm(
-        images, total=total, desc=f"{preset.name} test", unit="image", disable=None if show else True
-    ):
-        prediction = predict_classes(network, image.to(device).float() / 255, preset)
-        metric.update(prediction, target.to(device))
-        if number < SHOWN:
-            pixels = image.permute(1, 2, 0).numpy()
-            kept.append((number, SegmentationExample(pixels, target.numpy(), prediction.byte().cpu().numpy())))
-    return metric, [example for _, example in sorted(gather_object(kept), key=lambda pair: pair[0])]
