@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("proteus").joinpath("__init__.py").read_text())[1]
 XFORMERS = "xformers>=0.0.34; platform_system == 'Linux' and platform_machine == 'x86_64'"
+LORA = ["peft>=0.17"]  # adapt.tune=lora, student.tune=lora
 EXPORT = ["onnx>=1.19", "onnxscript>=0.7", "onnxruntime>=1.23"]  # tools/export.py onnx
 
 setup(
@@ -35,9 +36,11 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "jinja2>=3.1",
+        "faiss-cpu>=1.9",
     ],
     extras_require={
         "export": EXPORT,
-        "dev": [*EXPORT, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
+        "lora": LORA,
+        "dev": [*EXPORT, *LORA, "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
     },
 )

@@ -64,6 +64,9 @@ class Student(Section):
 
     name: str
     checkpoint: str | None = None  # start from these weights instead of random ones
+    head: str | None = None  # start its classifier from this file, head.safetensors of another run
+    tune: Literal["all", "head", "lora"] = "all"  # what learns: all of it, heads alone, adapters beside linear layers
+    rank: Positive = 8  # of lora's adapters
     image_size: PixelsOrAuto = "auto"  # auto: what gives the teacher's grid, for losses on patches
     grad_checkpointing: Flag = False  # compute activations again in backward instead of keeping them
     compile: Flag = False
@@ -81,6 +84,12 @@ class Source(Section):
     classes: Share = 1.0  # keep a seeded share of the classes
     images_per_class: Share = 1.0  # keep a seeded share of the images of each class
     crops: Positive = 1_281_167  # image: how many fixed crops of the one image stand for a set
+
+
+class Sources(Source):
+    """One source, or several one after the other."""
+
+    merge: list[Source] = []  # further sources, appended to this one
 
 
 class Augment(Section):
@@ -105,10 +114,9 @@ class Mask(Section):
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
-class Data(Source):
+class Data(Sources):
     """The proxy set and how it is fed."""
 
-    merge: list[Source] = []  # further sources, appended to this one
     image_size: Positive = 224
     repeats: Positive = 3  # repeated augmentation: crops of one image in a batch
     augment: Augment = Augment()
@@ -176,13 +184,11 @@ class Probe(Section):
     crop: Share = 0.875  # centre crop: image_size / crop is the short side it is cut from
 
 
-class Run(Section):
-    """Everything about the run that is not the method."""
+class RunBase(Section):
+    """Everything about a run that is not the method."""
 
     dir: Annotated[str, Field(min_length=1)] | None = None  # default: runs/<name of the config>
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    batch_size: Positive = 128  # images a process sees at once; the paper: 8 processes
-    accumulate: Positive = 1  # micro-batches to an update
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     log_every: Positive = 50  # steps
     save_every: Positive = 1000  # steps
@@ -190,6 +196,13 @@ class Run(Section):
     max_nonfinite: Annotated[int, Field(ge=0)] = 100  # skipped steps among the last 1,000 at which the run stops
     attention: Attention = "auto"  # auto: xformers' kernels where they are installed and work
     deterministic: Flag = False  # bit-identical runs on a GPU too, for some speed
+
+
+class Run(RunBase):
+    """A run of the trainer, and the batch it takes its steps on."""
+
+    batch_size: Positive = 128  # images a process sees at once; the paper: 8 processes
+    accumulate: Positive = 1  # micro-batches to an update
 
 
 class Config(Section):
@@ -200,6 +213,8 @@ class Config(Section):
     student: Student
     losses: dict[str, NonNegative]  # name: weight; 0 leaves one out
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the logits, in logits_kl
+    # label_ce and logits_kl on heads of their own (DHO); this is the first one's share of the prediction
+    head_mix: Probability | None = None
     data: Data
     optimizer: Optimizer = Optimizer()
     schedule: Schedule
@@ -230,6 +245,8 @@ class Config(Section):
                 raise ValueError(f"{key} teaches nothing: give a loss that needs it a weight above 0, or take it away")
             if "logits_kl" in self.losses_of(teacher) and not teacher.head:
                 raise ValueError(f"losses.logits_kl needs {key}.head: the file of a linear classifier on the teacher")
+        if self.head_mix is not None and not {LABEL_CE, "logits_kl"} <= self.computed_losses:
+            raise ValueError(f"head_mix: two heads are for {LABEL_CE} and logits_kl together")
         return self
 
     @property

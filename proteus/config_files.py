@@ -7,12 +7,12 @@ does not fit the tree is one clear line that names the key. Nothing here imports
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from proteus.config import Config
+from proteus.config import Config, RunBase, Section
 from proteus.errors import InputError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -40,8 +40,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(name: str, overrides: list[str] | None = None) -> Config:
-    """Read `name` (a path, or a file under `configs/`), apply `key=value` overrides and check the whole.
+Tree = TypeVar("Tree", bound=Section)
+
+
+@overload
+def load_config(name: str, overrides: list[str] | None = None) -> Config: ...
+@overload
+def load_config(name: str, overrides: list[str] | None, root: type[Tree]) -> Tree: ...
+def load_config(name: str, overrides: list[str] | None = None, root: type[Section] = Config) -> Section:
+    """Read `name` (a path, or a file under `configs/`), apply `key=value` overrides and check the whole tree.
 
     Raises `InputError` with a line for each thing that is wrong.
     """
@@ -50,15 +57,16 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _override(tree, override)
     try:
-        config = Config.model_validate(tree)
+        config = root.model_validate(tree)
     except ValidationError as error:
-        raise InputError(*explain(error, path.name)) from None
-    if config.run.dir is None:
-        config.run.dir = f"runs/{path.stem}"
+        raise InputError(*explain(error, path.name, root)) from None
+    run: RunBase = config.run  # type: ignore[attr-defined]
+    if run.dir is None:
+        run.dir = f"runs/{path.stem}"
     return config
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Section) -> str:
     """The resolved tree as YAML; `load_config` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 

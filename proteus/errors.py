@@ -27,6 +27,14 @@ class RunError(Exception):
     """A run cannot go on (it diverged, say): the command line prints the one line and exits with status 1."""
 
 
+class Stopped(Exception):
+    """A signal stopped a run of several stages; the same command goes on from there. Exit status 128 + signum."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for an unknown name: `; did you mean X?`, or the valid names where none is close."""
     valid = sorted(valid)

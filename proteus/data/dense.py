@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,11 @@ class DenseSource(Protocol):
     def name(self, index: int) -> str:
         """What to call image `index` in a message."""
         ...
+
+
+def is_dense(source: object) -> TypeGuard[DenseSource]:
+    """Whether a source has a target for every pixel."""
+    return hasattr(source, "target")
 
 
 class PairedFiles:

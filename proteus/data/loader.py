@@ -98,7 +98,7 @@ def count_masked(patches: int, ratio: float) -> int:
 
 
 def training_batches(
-    dataset: TrainingSet, sampler: Sampler, start: int, stop: int, rank: int, workers: int
+    dataset: Dataset, sampler: Sampler, start: int, stop: int, rank: int, workers: int
 ) -> Generator[Batch, None, None]:
     """The micro-batches of process `rank` from update `start` to `stop`, in order, loaded by `workers` processes."""
     loader = DataLoader(

@@ -170,8 +170,8 @@ class Merged:
         return source.name(local)
 
 
-def build_source(cfg: config.Data, seed: int) -> Source:
-    """The training set of a config: its source cut to the shares asked for, then merged with the others."""
+def build_source(cfg: config.Sources, seed: int) -> Source:
+    """The image set of a config: its source cut to the shares asked for, then merged with the others."""
     sources = [_one_source(part, seed) for part in (cfg, *cfg.merge)]
     return sources[0] if len(sources) == 1 else Merged(sources)
 
@@ -201,9 +201,9 @@ def _one_source(cfg: config.Source, seed: int) -> Source:
     return source
 
 
-def check_roots(cfg: config.Data) -> None:
+def check_roots(cfg: config.Sources, key: str = "data") -> None:
     """Raise InputError where a root is not given or not there, without reading what is in it."""
-    for key, part in [("data", cfg), *((f"data.merge.{i}", part) for i, part in enumerate(cfg.merge))]:
+    for key, part in [(key, cfg), *((f"{key}.merge.{i}", part) for i, part in enumerate(cfg.merge))]:  # noqa: B020
         if part.kind != "digits":
             _root(part, key)
 

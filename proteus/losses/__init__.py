@@ -6,13 +6,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from proteus.errors import InputError, nearest
+from proteus.losses.contrastive import contrastive_loss
 from proteus.losses.feature import feature_loss
-from proteus.losses.logits import label_ce, logits_kl
+from proteus.losses.logits import IGNORE_LABEL, label_ce, logits_kl
 from proteus.losses.patch import patch_loss
 from proteus.losses.token import token_loss
 from proteus.losses.views import Projected, Target
 
-__all__ = ["LOSSES", "Loss", "Projected", "Target", "check_losses"]
+__all__ = ["IGNORE_LABEL", "LOSSES", "Loss", "Projected", "Target", "check_losses"]
 
 
 class Loss(NamedTuple):
@@ -27,6 +28,7 @@ LOSSES: dict[str, Loss] = {
     "token": Loss(token_loss, ("token",)),
     "feature": Loss(feature_loss, ("token", "feature")),
     "patch": Loss(patch_loss, ("patch",)),
+    "contrastive": Loss(contrastive_loss, ("token",)),
     "logits_kl": Loss(logits_kl, ("logits",)),
     "label_ce": Loss(label_ce, ("logits",), needs_labels=True),
 }

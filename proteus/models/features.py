@@ -32,6 +32,16 @@ def resize_patches(features: Features, grid: tuple[int, int]) -> Features:
     return features._replace(patch=patch.flatten(1, 2), grid=grid)  # [B, h' * w', D]
 
 
+def resize_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [B, C, h, w] at another size (h', w'), bilinear with antialiasing, in float32; as they are where equal."""
+    old = (maps.shape[-2], maps.shape[-1])
+    if old == tuple(size):
+        return maps
+    rows, columns = (_bilinear(was, new, maps.device) for was, new in zip(old, size, strict=True))
+    with torch.autocast(maps.device.type, enabled=False):  # products, for the reason above
+        return rows @ (maps.float() @ columns.T)  # [B, C, h', w']
+
+
 def _bilinear(old: int, new: int, device: torch.device) -> Tensor:
     """The matrix [new, old] that resamples a line of `old` values to `new`: what interpolation does to unit vectors."""
     lines = torch.eye(old, device=device)[None, None]  # [1, 1, old, old], a unit vector in each column

@@ -1,6 +1,6 @@
 """Everything that is wrong with a run's inputs, at once, before anything is built or read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from proteus.config import Config, Teacher
+from proteus.config import Config, RunBase, Teacher
 from proteus.data.sources import check_roots
 from proteus.errors import InputError
 from proteus.losses import check_losses
+from proteus.models import zoo
 from proteus.models.attention import check_attention
-from proteus.models.zoo import check_name, is_own
 from proteus.training.teacher import RANDOM, find_weights
 
 
@@ -21,12 +21,17 @@ def check_inputs(cfg: Config, resume: str) -> None:
     """Raise InputError with a line for each thing that is unknown or not where it should be."""
     checks: list[Callable[[], object]] = [
         lambda: check_losses(list(cfg.losses)),
-        lambda: _check_name("student", cfg.student.name),
-        *(partial(_check_teacher, key, teacher) for key, teacher in cfg.all_teachers.items()),
+        lambda: check_name("student", cfg.student.name),
+        *(partial(check_teacher, key, teacher) for key, teacher in cfg.all_teachers.items()),
         lambda: _check_files(cfg, resume),
-        lambda: _check_device(cfg),
+        lambda: check_device(cfg.run),
         lambda: check_roots(cfg.data),
     ]
+    run_checks(checks)
+
+
+def run_checks(checks: Iterable[Callable[[], object]]) -> None:
+    """Run all checks; InputError with the lines of all that fail."""
     lines: list[str] = []
     for check in checks:
         try:
@@ -37,13 +42,15 @@ def check_inputs(cfg: Config, resume: str) -> None:
         raise InputError(*lines)
 
 
-def _check_name(key: str, name: str) -> None:
+def check_name(key: str, name: str) -> None:
+    """InputError where `key` names no network."""
     with _prefixed(f"{key}.name: "):
-        check_name(name)
+        zoo.check_name(name)
 
 
-def _check_teacher(key: str, cfg: Teacher) -> None:
-    _check_name(key, cfg.name)
+def check_teacher(key: str, cfg: Teacher) -> None:
+    """InputError where a teacher's name, losses or weights are not there."""
+    check_name(key, cfg.name)
     with _prefixed(f"{key}.losses: "):
         check_losses(list(cfg.losses or {}))
     if cfg.download:
@@ -51,14 +58,14 @@ def _check_teacher(key: str, cfg: Teacher) -> None:
     try:
         find_weights(cfg)
     except InputError as error:
-        published = not (is_own(cfg.name) or cfg.name.startswith("proteus_"))
+        published = not (zoo.is_own(cfg.name) or cfg.name.startswith("proteus_"))
         other = f"{key}.download=true" if published else f"{key}.checkpoint=random to try something out"
         hint = f"give its path as {key}.checkpoint=PATH, or {other}"
         raise InputError(*(f"{key} {line}, {hint}" for line in error.lines)) from None
 
 
 def _check_files(cfg: Config, resume: str) -> None:
-    files = {"student.checkpoint": cfg.student.checkpoint}
+    files = {"student.checkpoint": cfg.student.checkpoint, "student.head": cfg.student.head}
     for key, teacher in cfg.all_teachers.items():
         files[f"{key}.head"] = teacher.head
         files[f"{key}.checkpoint"] = None if teacher.checkpoint == RANDOM else teacher.checkpoint
@@ -71,12 +78,13 @@ def _check_files(cfg: Config, resume: str) -> None:
         raise InputError(*missing)
 
 
-def _check_device(cfg: Config) -> None:
+def check_device(run: RunBase) -> None:
+    """InputError where the machine cannot compute as the run wants."""
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    if cfg.run.precision == "fp16" and on_cpu:
+    if run.precision == "fp16" and on_cpu:
         raise InputError("run.precision=fp16 needs a GPU, and there is none here: use bf16 or no")
     with _prefixed("run."):
-        check_attention(cfg.run.attention, "cpu" if on_cpu else "cuda")
+        check_attention(run.attention, "cpu" if on_cpu else "cuda")
 
 
 @contextmanager

@@ -20,9 +20,11 @@ from torch import nn
 from proteus import config
 from proteus.config import LABEL_CE, Config
 from proteus.config_files import dump_config
-from proteus.data.loader import count_masked
+from proteus.data.dense import DenseSource, is_dense
+from proteus.data.loader import TrainingSet, count_masked
 from proteus.data.sampler import Sampler
 from proteus.data.sources import Source
+from proteus.data.transforms import TrainTransform
 from proteus.engine.atomic import write_file
 from proteus.engine.lock import RunLock
 from proteus.engine.schedule import warmup_steps
@@ -30,10 +32,13 @@ from proteus.errors import InputError
 from proteus.losses import LOSSES
 from proteus.models import Encoder, create_model
 from proteus.models.attention import use_attention
+from proteus.models.heads import PixelClassifier, build_head, read_head
+from proteus.training.dense import DenseTrainingSet
 from proteus.training.plan import Plan
 from proteus.training.sizes import Sizes, describe_sizes, match_sizes, student_size
 from proteus.training.state import Checkpoints, Progress, list_checkpoints
 from proteus.training.teacher import Teacher
+from proteus.training.tune import tune
 
 
 def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
@@ -92,6 +97,7 @@ def build_student(cfg: Config, teachers: list[Teacher], accelerator: Accelerator
     sizes = match_sizes(cfg, student, size, teachers)
     if not any(parameter.requires_grad for parameter in student.network.parameters()):
         raise InputError(f"student.name={student.name} has no parameter that its features depend on and that can learn")
+    tune(student, cfg.student.tune, cfg.student.rank)
     if cfg.student.grad_checkpointing:
         student.set_grad_checkpointing(True)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -123,10 +129,40 @@ def compile_student(student: Encoder) -> None:
         part.compile()
 
 
-def count_classes(cfg: Config, source: Source, teachers: list[Teacher]) -> int | None:
-    """Outputs of the student's classifier, should a loss want one: the teachers' classes, else the labels'."""
+def build_classifier(
+    cfg: Config, source: Source | DenseSource, teachers: list[Teacher], student: Encoder
+) -> tuple[nn.Module | None, list[str]]:
+    """The student's head, should a loss want one, and what its outputs are called (empty where nobody says).
+
+    For the classes of the teachers' heads, else of the labels; for each pixel, where theirs are.
+    """
+    if not {LABEL_CE, "logits_kl"} & cfg.computed_losses:
+        return None, []
+    heads = [teacher for teacher in teachers if teacher.head]
+    classes = next((teacher.classes for teacher in heads if teacher.classes), []) or list(source.classes)
+    count = _count_classes(cfg, source, teachers)
+    if cfg.student.head:
+        head, named = read_head(cfg.student.head, student.embed_dim, "student.head")
+        if head.num_classes != count:
+            raise InputError(f"student.head={cfg.student.head} has {head.num_classes} classes, the task {count}")
+        return head.requires_grad_(True), named or classes
+    pixels = isinstance(heads[0].head, PixelClassifier) if heads else is_dense(source)
+    head = build_head(student.embed_dim, count, "pixel" if pixels else "class", cfg.head_mix)
+    return head, classes if len(classes) == count else []
+
+
+def build_dataset(cfg: Config, source: Source | DenseSource, crop: int, patches: int) -> TrainingSet | DenseTrainingSet:
+    """The training set's views: of images, or of images and targets where labels are learnt pixel by pixel."""
+    if is_dense(source) and LABEL_CE in cfg.computed_losses:
+        return DenseTrainingSet(source, crop, cfg.run.seed, patches)
+    transform = TrainTransform(crop, cfg.data.augment)
+    return TrainingSet(source, transform, cfg.run.seed, patches, cfg.data.mask.ratio)  # type: ignore[arg-type]
+
+
+def _count_classes(cfg: Config, source: Source | DenseSource, teachers: list[Teacher]) -> int:
+    """Outputs of the student's head."""
     counts = {
-        f"{key}.head": teacher.head.num_classes
+        f"{key}.head": int(teacher.head.num_classes)  # type: ignore[arg-type]
         for key, teacher in zip(cfg.all_teachers, teachers, strict=True)
         if teacher.head
     }
@@ -135,13 +171,13 @@ def count_classes(cfg: Config, source: Source, teachers: list[Teacher]) -> int |
         raise InputError(f"the student has one classifier, and its teachers' differ in their classes: {told}")
     if counts:
         return next(iter(counts.values()))
-    return None if source.labels is None else int(source.labels.max()) + 1
+    return len(source.classes) or int(source.labels.max()) + 1  # type: ignore[union-attr]
 
 
-def check_labels(cfg: Config, source: Source) -> None:
+def check_labels(cfg: Config, source: Source | DenseSource) -> None:
     """InputError where a loss needs labels and the data has none."""
     for name in cfg.computed_losses:
-        if LOSSES[name].needs_labels and source.labels is None:
+        if LOSSES[name].needs_labels and not is_dense(source) and getattr(source, "labels", None) is None:
             raise InputError(
                 f"losses.{name} needs labels, and data.root={cfg.data.root} has none (root/<class>/<image> would)"
             )
@@ -243,7 +279,7 @@ def summarise(
     student: Encoder,
     teachers: list[Teacher],
     sizes: Sizes,
-    source: Source,
+    source: Source | DenseSource,
     sampler: Sampler,
     rate: float,
     accelerator: Accelerator,

@@ -4,7 +4,7 @@ import json
 import platform
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import accelerate
@@ -34,6 +34,9 @@ class Progress:
     step: int = 0  # updates done
     skipped_steps: list[int] = field(default_factory=list)  # of late, not applied: the gradient was not finite
     bad_images: list[int] = field(default_factory=list)  # indices of files that could not be read
+    best_score: float | None = None  # of the weights that are kept, where a validation chooses them
+    best_step: int = 0
+    flops_per_step: int = 0  # on all processes, where they have been counted
 
 
 def environment(accelerator: Accelerator) -> dict[str, str | int]:
@@ -143,6 +146,12 @@ class Checkpoints:
             shutil.rmtree(path)
         whole = list_checkpoints(self.folder)
         return [path.name for path in (*pending, *sorted(self.folder.glob("step_*"))) if path not in whole]
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far a checkpoint is."""
+    facts = json.loads((folder / "progress.json").read_text())
+    return Progress(**{name.name: facts[name.name] for name in fields(Progress) if name.name in facts})
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from proteus.config import LABEL_CE, Config
 from proteus.losses import LOSSES, Projected, Target
 from proteus.models import Encoder
-from proteus.models.features import Features, resize_patches
-from proteus.models.heads import ProjectionHead
+from proteus.models.features import Features, resize_map, resize_patches
+from proteus.models.heads import DualClassifier, ProjectionHead
 from proteus.training.resize import Grid, resize_images, resize_mask
 from proteus.training.sizes import Sizes
 from proteus.training.standardize import Standardizer
 from proteus.training.teacher import Answer, Teacher
+
+LOGIT_STRIDE = 4  # pixels of a crop to one at which the predictions for its pixels are compared
 
 
 class Adaptor(nn.Module):
@@ -51,7 +53,7 @@ class Adaptor(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted losses by name.
 
-        plain:  the student's Features of all B images; logits: of its classifier, [B, K].
+        plain:  the student's Features of all B images; logits: of its head, [B, K] or [B, K, h, w].
         masked: its Features of the first M images, masked by `mask` [M, N] on the grid of this adaptor.
         answer: what the teacher says about the B images, unmasked.
         """
@@ -61,7 +63,10 @@ class Adaptor(nn.Module):
             logits,  # type: ignore[arg-type]
         )
         features = self._on_grid(self.teacher_space(answer.features))
-        target = Target(features, mask, answer.logits, temperature=self.temperature)  # type: ignore[arg-type]
+        said = answer.logits
+        if said is not None and logits is not None and said.ndim == 4:
+            said = resize_map(said, (logits.shape[-2], logits.shape[-1]))
+        target = Target(features, mask, said, temperature=self.temperature)  # type: ignore[arg-type]
         losses = {name: weight * LOSSES[name].function(projected, target) for name, weight in self.losses.items()}
         if "patch" in losses and self.masked_per_process:
             losses["patch"] = losses["patch"] * (len(mask) / self.masked_per_process)
@@ -100,9 +105,9 @@ class Adaptor(nn.Module):
 class Distillation(nn.Module):
     """The student and its adaptors, one for each teacher.
 
-    adaptors:    by the teacher's name; with several of them it stands behind the names of its losses.
-    label_ce:    weight of the cross-entropy with labels, which no teacher has a part in.
-    num_classes: outputs of the student's classifier, which the losses on logits share.
+    adaptors:   by the teacher's name; with several of them it stands behind the names of its losses.
+    label_ce:   weight of the cross-entropy with labels, which no teacher has a part in.
+    classifier: the student's head, for the losses on logits.
     """
 
     def __init__(
@@ -111,16 +116,13 @@ class Distillation(nn.Module):
         adaptors: dict[str, Adaptor],
         sizes: Sizes,
         label_ce: float = 0.0,
-        num_classes: int | None = None,
+        classifier: nn.Module | None = None,
     ):
         super().__init__()
         self.student, self.sizes, self.label_ce = student, sizes, label_ce
         self.adaptors: Sequence[Adaptor] = nn.ModuleList(adaptors.values())  # type: ignore[assignment]
         self.suffixes = [f"/{name}" if len(adaptors) > 1 else "" for name in adaptors]
-        self.classifier: nn.Linear | None = None
-        if label_ce or any("logits_kl" in adaptor.losses for adaptor in adaptors.values()):
-            assert num_classes is not None, "losses on logits need the number of classes"
-            self.classifier = nn.Linear(student.embed_dim, num_classes)
+        self.classifier = classifier
 
     def forward(
         self, images: Tensor, mask: Tensor, answers: list[Answer], labels: Tensor | None = None
@@ -130,18 +132,21 @@ class Distillation(nn.Module):
         images:  [B, 3, S, S] in [0, 1].
         mask:    [M, N] bool, of the first M images, on the grid where masks are drawn.
         answers: what each teacher says about the images.
-        labels:  [B] int64, where the data has them.
+        labels:  [B] or [B, S, S] int64, where the data has them; -1 counts nowhere.
         """
         sizes = self.sizes
         images = resize_images(images, sizes.student)
         plain, masked = self.student.forward_pair(images, resize_mask(mask, sizes.mask, sizes.student_grid))
-        logits = None if self.classifier is None else self.classifier(plain.cls)  # [B, K]
+        labelled, distilled = self._logits(plain)
         losses: dict[str, Tensor] = {}
         for suffix, adaptor, answer in zip(self.suffixes, self.adaptors, answers, strict=True):
-            own = adaptor(plain, masked, logits, answer, resize_mask(mask, sizes.mask, adaptor.grid))
+            own = adaptor(plain, masked, distilled, answer, resize_mask(mask, sizes.mask, adaptor.grid))
             losses |= {name + suffix: loss for name, loss in own.items()}
         if self.label_ce:
-            student, target = Projected(plain, masked, logits), Target(labels=labels)  # type: ignore[arg-type]
+            assert labels is not None and labelled is not None  # noqa: PT018
+            if labelled.ndim == 4:
+                labelled = resize_map(labelled, (labels.shape[-2], labels.shape[-1]))
+            student, target = Projected(plain, masked, label_logits=labelled), Target(labels=labels)
             losses[LABEL_CE] = self.label_ce * LOSSES[LABEL_CE].function(student, target)
         return losses
 
@@ -149,13 +154,30 @@ class Distillation(nn.Module):
         """The student's own Features of images [B, 3, S, S], uint8 or float."""
         return self.student(resize_images(images, self.sizes.student))
 
+    def predict(self, images: Tensor) -> Tensor:
+        """What the student's head says of images [B, 3, S, S]: logits [B, K], or [B, K, h, w] on its patch grid."""
+        assert self.classifier is not None
+        return self.classifier(self.encode(images))
+
+    def _logits(self, plain: Features) -> tuple[Tensor | None, Tensor | None]:
+        """Logits that learn from labels and from a teacher: of one head, or of two. Maps at the size of comparison."""
+        if self.classifier is None:
+            return None, None
+        if isinstance(self.classifier, DualClassifier):
+            labelled, distilled = self.classifier.labelled(plain), self.classifier.distilled(plain)
+        else:
+            labelled = distilled = self.classifier(plain)
+        if distilled.ndim == 4 and self.adaptors:
+            distilled = resize_map(distilled, (self.sizes.crop // LOGIT_STRIDE, self.sizes.crop // LOGIT_STRIDE))
+        return labelled, distilled
+
 
 def build_task(
     cfg: Config,
     student: Encoder,
     teachers: list[Teacher],
     sizes: Sizes,
-    num_classes: int | None,
+    classifier: nn.Module | None,
     masked_per_process: float,
 ) -> Distillation:
     """The task of a config: an adaptor for each teacher, in their order."""
@@ -171,4 +193,4 @@ def build_task(
         )
         for section, teacher, grid in zip(cfg.all_teachers.values(), teachers, sizes.compared, strict=True)
     }
-    return Distillation(student, adaptors, sizes, cfg.active_losses.get(LABEL_CE, 0.0), num_classes)
+    return Distillation(student, adaptors, sizes, cfg.active_losses.get(LABEL_CE, 0.0), classifier)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from proteus import config
 from proteus.config import Config
@@ -13,7 +13,7 @@ from proteus.models import Encoder, create_model
 from proteus.models.attention import use_attention
 from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from proteus.models.features import Features
-from proteus.models.heads import TeacherHead
+from proteus.models.heads import read_head
 from proteus.models.weights import find_official
 from proteus.training.resize import resize_images
 
@@ -28,15 +28,16 @@ CONVENTIONS = {
 
 
 class Answer(NamedTuple):
-    """What a teacher says about B images: its Features, and [B, K] of its classifier (None where it has none)."""
+    """What a teacher says about B images: its Features, and logits [B, K] or [B, K, h, w] where it has a head."""
 
     features: Features
     logits: Tensor | None
 
 
 class Teacher:
-    """A frozen encoder and, for losses on logits, its classifier. Not a module, so that no module can hold it.
+    """A frozen encoder and, for losses on logits, its head. Not a module, so that no module can hold it.
 
+    classes:    what the outputs of the head are, where its file says so; else empty.
     name:       what it is called on screen and in the log.
     image_size: pixels it sees; larger images are resized to it.
     """
@@ -44,14 +45,16 @@ class Teacher:
     def __init__(
         self,
         encoder: Encoder,
-        head: TeacherHead | None,
+        head: nn.Module | None,
+        classes: list[str],
         accelerator: Accelerator,
         dtype: str,
         image_size: int,
         name: str,
     ):
         self.encoder = encoder.freeze().to(accelerator.device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        self.head = head.to(accelerator.device) if head else None
+        self.head = head.requires_grad_(False).eval().to(accelerator.device) if head else None
+        self.classes = classes
         self.image_size, self.name = image_size, name
         # auto: float32 weights, computing in the run's precision, as the student does.
         self._autocast = accelerator.autocast if dtype == "auto" else contextlib.nullcontext
@@ -97,8 +100,8 @@ def _build_teacher(
         checkpoint = find_weights(cfg)
     encoder = create_model(cfg.name, checkpoint=checkpoint, image_size=image_size, mean=mean, std=std, **cfg.arch)
     use_attention(encoder.network, attention)
-    head = TeacherHead(cfg.head, encoder.embed_dim) if cfg.head else None
-    teacher = Teacher(encoder, head, accelerator, cfg.dtype, image_size, name)
+    head, classes = read_head(cfg.head, encoder.embed_dim) if cfg.head else (None, [])
+    teacher = Teacher(encoder, head, classes, accelerator, cfg.dtype, image_size, name)
     if cfg.compile:
         teacher.encoder.compile()
     return teacher

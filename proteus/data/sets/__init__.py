@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from proteus.data.dense import DenseSource
-from proteus.data.sets import cifar, cub, dense, embedded, fine_grained, folder, imagenet
+from proteus.data.sets import cifar, cub, dense, embedded, fine_grained, folder, imagenet, listed
 from proteus.data.sources import Source
 from proteus.errors import InputError, nearest
 
@@ -35,6 +35,7 @@ SETS: dict[str, Callable[..., Any]] = {
     "folder": folder.folder,
     "folder-segmentation": folder.folder_segmentation,
     "folder-depth": folder.folder_depth,
+    "listed": listed.listed,
     "digits": embedded.digits,
     "scenes": embedded.scenes,
     "scenes-depth": embedded.scenes_depth,
