@@ -1,0 +1,130 @@
+"""From a config to small models and what they are worth: every method, every seed, one table."""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from proteus.config_files import dump_config
+from proteus.engine.atomic import write_file
+from proteus.errors import InputError
+from proteus.evaluation.extract import fingerprint
+from proteus.training.resize import resize_images
+from proteus.transfer.config import TransferConfig
+from proteus.transfer.methods import Lab, Method, methods_of
+from proteus.transfer.model import load_task_model
+from proteus.transfer.report import compare_table
+from proteus.transfer.scores import task_score
+from proteus.transfer.stages import Outcome
+from proteus.transfer.target import open_target
+
+TEACHER = "teacher"  # the row of the adapted teacher itself
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one method is worth under one seed.
+
+    test:       accuracy or mIoU on the test set, a share in [0, 1].
+    validation: on the validation set, of the weights that were kept; None without one.
+    steps:      updates of the student.
+    flops:      of all stages together, forward and backward.
+    student:    the folder of its files.
+    """
+
+    method: str
+    title: str
+    seed: int
+    test: float
+    validation: float | None
+    steps: int
+    flops: int
+    student: str
+
+
+def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[Result]:
+    """Run the methods under each seed, in the run's folder; what is there already is not done again.
+
+    Stopped where a signal stopped a stage. The test set is read when all stages of a method are done.
+    """
+    assert cfg.run.dir is not None
+    directory = Path(cfg.run.dir)
+    known = methods_of(cfg)
+    state = PartialState()
+    if state.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / "config.yaml", lambda path: path.write_text(dump_config(cfg)))
+    results: list[Result] = []
+    for seed in seeds:
+        target = open_target(cfg, seed)
+        lab = Lab(cfg, target, seed, directory / f"seed_{seed}")
+        _say(
+            f"seed {seed}: {len(target.train)} labelled, {0 if target.val is None else len(target.val)} validation, "
+            f"{len(target.test)} test, {len(lab.transfer_set)} unlabelled images, {len(target.classes)} classes"
+        )
+        for name in methods:
+            _say(f"seed {seed}: {known[name].title}")
+            outcomes = known[name].run(lab)
+            if outcomes[0].folder.name == "adapt" and not any(r.method == TEACHER and r.seed == seed for r in results):
+                adapted = outcomes[0]
+                results.append(_result(lab, TEACHER, "the adapted teacher", [adapted], 0))
+            results.append(_result(lab, name, known[name].title, outcomes, lab.student_steps))
+            _say(f"seed {seed}: {known[name].title}: test {results[-1].test:.2%}")
+    if state.is_main_process:
+        _write(directory, cfg, results)
+    return results
+
+
+def check_methods(cfg: TransferConfig, names: list[str]) -> dict[str, Method]:
+    """The methods of these names; InputError for an unknown one."""
+    known = methods_of(cfg)
+    for name in names:
+        if name not in known:
+            raise InputError(f"--compare {name}: no such method; there are {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome], steps: int) -> Result:
+    """Score a method's last stage on the test set, unless these very weights have been scored."""
+    last = outcomes[-1]
+    identity = hashlib.sha256(
+        b"".join(Path(path).read_bytes() for path in (last.student, last.head)) + fingerprint(lab.target.test).encode()
+    ).hexdigest()
+    path = last.folder / "test.json"
+    test = _scored(path, identity)
+    if test is None:
+        network = lab.cfg.teacher if method == TEACHER else lab.cfg.student
+        model = load_task_model(last.folder, network.name, **network.arch).to(PartialState().device)
+        size = network.image_size if isinstance(network.image_size, int) else lab.cfg.image_size
+        test = task_score(lambda images: model(resize_images(images, size)), lab.target.test, lab.view)
+        if PartialState().is_main_process:
+            facts = {"identity": identity, "test": test}
+            write_file(path, lambda pending: pending.write_text(json.dumps(facts)))
+        PartialState().wait_for_everyone()
+    flops = sum(outcome.flops for outcome in outcomes)
+    return Result(method, title, lab.seed, test, last.score, steps, flops, str(last.folder))
+
+
+def _scored(path: Path, identity: str) -> float | None:
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return facts["test"] if facts.get("identity") == identity else None
+
+
+def _write(directory: Path, cfg: TransferConfig, results: list[Result]) -> None:
+    """results.json and, as a person reads it, results.md; on screen too."""
+    text = json.dumps([asdict(result) for result in results], indent=1)
+    write_file(directory / "results.json", lambda path: path.write_text(text))
+    table = compare_table(cfg, results)
+    write_file(directory / "results.md", lambda path: path.write_text(table))
+    print(table, flush=True)
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,107 @@
+"""Bad input to tools/transfer.py: one line that says what, where and what to do, status 2, and what is there stays."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+
+def _error(capsys) -> list[str]:
+    said = capsys.readouterr().err.splitlines()
+    assert not any("Traceback" in line for line in said)
+    return [line for line in said if line.startswith("error: ")]
+
+
+CASES = {
+    "an unknown key": (["adapt.rate=1"], "unknown key 'adapt.rate'"),
+    "epochs": (
+        ["transfer.schedule={epochs: 3}"],
+        "transfer.schedule: give steps, not epochs: methods are compared at equal steps",
+    ),
+    "no transfer set": (["transfer.own=false"], "transfer: no images to transfer on: give transfer.data, or own=true"),
+    "a head for the teacher": (["teacher.head=x.pth"], "teacher.head has no place here"),
+    "another normalisation": (["teacher.normalize=clip"], "teacher.normalize=clip has no place here"),
+    "no prediction": (
+        ["transfer.losses={token: 1}"],
+        "transfer.losses: logits_kl, what makes the transfer task-orient",
+    ),
+    "an unknown loss": (["transfer.losses={logits_kl: 1.0, tokn: 1.0}"], "unknown loss 'tokn'; did you mean 'token'?"),
+    "two budgets": (["target.train.images=30"], "give either per_class or images"),
+    "an unknown method": (["--compare=oriented,fast"], "--compare fast: no such method; there are oriented, single_s"),
+    "a missing student": (["pretrained={dino: dino.pth}"], "pretrained.dino=dino.pth: no such file"),
+    "an unknown student": (["student.name=proteus_vits"], "student.name: unknown model 'proteus_vits'; did you mean"),
+    "no weights": (
+        ["teacher.name=dinov2_vits14", "teacher.checkpoint=null", "teacher.arch={}"],
+        "teacher dinov2_vits14:",
+    ),
+    "an unknown set": (["target.set=digit"], "no data set 'digit'; did you mean 'digits'?"),
+    "no data root": (["transfer.data={kind: folder}"], "transfer.data.root is not set: transfer.data.root=PATH takes"),
+    "an empty transfer set": (["transfer.data={kind: folder, root: EMPTY}"], "no images under"),
+    "fp16 on a CPU": (["run.precision=fp16"], "run.precision=fp16 needs a GPU"),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), CASES.values(), ids=CASES.keys())
+def test_one_line_before_anything_is_trained(transfer_here, tmp_path, capsys, words, told):
+    (tmp_path / "empty").mkdir()
+    words = [word.replace("EMPTY", str(tmp_path / "empty")) for word in words]
+    assert transfer_here(*words) == 2
+    (said,) = _error(capsys)
+    assert told in said
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_everything_missing_is_told_at_once(transfer_here, capsys):
+    assert transfer_here("student.name=nothing", "pretrained={a: a.pth}", "transfer.data={kind: folder}") == 2
+    assert len(_error(capsys)) == 3
+
+
+def test_a_label_file_with_an_unknown_class(transfer_here, tmp_path, capsys):
+    for index in range(8):
+        Image.new("RGB", (16, 16), (30 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "train.csv").write_text("0.png,cat\n1.png,dog\n2.png,cat\n3.png,dog\n")
+    (tmp_path / "test.csv").write_text("4.png,cat\n5.png,dgo\n")
+    target = f"target={{set: listed, root: {tmp_path}, train: {{split: {tmp_path}/train.csv}}, val: null, "
+    assert transfer_here(f"{target} test: {{split: {tmp_path}/test.csv}}}}") == 2
+    (said,) = _error(capsys)
+    assert "test.csv" in said
+    assert "dgo" in said
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_stages_survive_a_later_error(transfer_here, done, capsys):
+    folder = done
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert transfer_here("transfer.data={kind: folder, root: nowhere}") == 2
+    assert "transfer.data.root=nowhere: no such folder" in _error(capsys)[0]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_stage_file(transfer_here, done, capsys):
+    (done / "adapt" / "stage.json").write_text('{"identity": {')
+    assert transfer_here() == 2
+    assert "stage.json cannot be read" in _error(capsys)[0]
+
+
+def test_an_unreadable_test_image_leaves_what_is_trained(transfer_here, tmp_path, capsys):
+    for part, count in [("train", 6), ("test", 2)]:
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for index in range(count):
+                colour = (40 * index, 200 * (name == "cat"), 0)
+                Image.new("RGB", (16, 16), colour).save(tmp_path / "set" / part / name / f"{index}.png")
+    broken = tmp_path / "set" / "test" / "dog" / "1.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    target = (
+        f"target={{set: folder, root: {tmp_path / 'set'}, train: {{split: train}}, val: null, test: {{split: test}}}}"
+    )
+    assert transfer_here(target) == 2
+    (said,) = _error(capsys)
+    assert str(broken) in said
+    assert len(list(tmp_path.rglob("stage.json"))) == 3
+    broken.write_bytes(whole)
+    os.utime(broken)
+    assert transfer_here(target) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())[1]["test"] <= 1

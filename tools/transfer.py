@@ -1,0 +1,65 @@
+"""A small model for a task with few labels:  accelerate launch tools/transfer.py --cfg transfer/digits.yaml"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from proteus.config_files import load_config
+from proteus.errors import InputError, RunError, Stopped, UnreadableError
+from proteus.transfer.config import TransferConfig
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 the run had to stop, 2 bad input, 128 + n stopped by signal n."""
+    parser = argparse.ArgumentParser(
+        prog="transfer.py",
+        description="Adapt a teacher to a task, transfer its predictions to a student, fine-tune the student.",
+    )
+    parser.add_argument("--cfg", required=True, help="a YAML file, or the name of one under configs/")
+    parser.add_argument(
+        "--compare",
+        metavar="METHODS",
+        help="all, or some of oriented,single_stage,agnostic,contrastive,scratch,pretrained-<name>, under run.seeds "
+        "seeds each; without it task-oriented transfer alone, under one",
+    )
+    parser.add_argument(
+        "--write-splits",
+        metavar="DIR",
+        type=Path,
+        help="write links to the labelled, validation and test images below DIR, for tools/retrieve.py, and stop",
+    )
+    parser.add_argument("override", nargs="*", help="key=value, such as target.train.per_class=5")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        cfg = load_config(args.cfg, args.override, TransferConfig)
+        # Importing torch takes seconds: what is wrong with the config is said before.
+        from proteus.transfer.methods import methods_of
+        from proteus.transfer.pipeline import check_methods, transfer
+        from proteus.transfer.preflight import check_inputs
+        from proteus.transfer.splits import write_splits
+        from proteus.transfer.target import open_target
+
+        methods = ["oriented"]
+        if args.compare:
+            methods = list(methods_of(cfg)) if args.compare == "all" else args.compare.split(",")
+        check_methods(cfg, methods)
+        if args.write_splits:
+            for name, count in write_splits(open_target(cfg, cfg.run.seed), args.write_splits).items():
+                print(f"{args.write_splits / name}: {count} images")
+            return 0
+        check_inputs(cfg)
+        seeds = cfg.run.seeds if args.compare else 1
+        transfer(cfg, methods, list(range(cfg.run.seed, cfg.run.seed + seeds)))
+    except (InputError, RunError) as error:
+        # All processes come to the same error, and one a machine says it; what only one has met, that one says.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except Stopped as stop:
+        return 128 + stop.signum
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
