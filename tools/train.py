@@ -18,11 +18,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config(args.cfg, args.override)
         # Importing torch takes seconds: what is wrong with the config is said before.
+        from accelerate import PartialState
+
         from proteus.training.loop import train
         from proteus.training.preflight import check_inputs
 
         check_inputs(cfg, args.resume)
         signum = train(cfg, args.resume)
+        PartialState().destroy_process_group()
     except (InputError, RunError) as error:
         # All processes come to the same error, and one a machine says it; what only one has met, that one says.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):

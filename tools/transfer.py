@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = load_config(args.cfg, args.override, TransferConfig)
         # Importing torch takes seconds: what is wrong with the config is said before.
+        from accelerate import PartialState
+
         from proteus.transfer.methods import methods_of
         from proteus.transfer.pipeline import check_methods, transfer
         from proteus.transfer.preflight import check_inputs
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         check_inputs(cfg)
         seeds = cfg.run.seeds if args.compare else 1
         transfer(cfg, methods, list(range(cfg.run.seed, cfg.run.seed + seeds)))
+        PartialState().destroy_process_group()
     except (InputError, RunError) as error:
         # All processes come to the same error, and one a machine says it; what only one has met, that one says.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):

@@ -112,7 +112,8 @@ class Board:
             print(file=sys.stderr, flush=True)
         if self._log:
             self._log.close()
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:  # not end_training: the processes may have another run before them
+            tracker.finish()
 
     def _print_progress(self, row: dict[str, Any], losses: dict[str, float], seconds_per_step: float) -> None:
         # What is cut off a narrow terminal is the least wanted: the parts of the loss, several to a teacher.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from proteus.config_files import dump_config
 from proteus.engine.atomic import write_file
@@ -53,7 +54,7 @@ def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[
     assert cfg.run.dir is not None
     directory = Path(cfg.run.dir)
     known = methods_of(cfg)
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # only an Accelerator asks by itself
     if state.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "config.yaml", lambda path: path.write_text(dump_config(cfg)))
