@@ -77,7 +77,7 @@ class Lab:
             teacher=teacher,
             student=student,
             losses=losses,
-            temperature=cfg.transfer.temperature,
+            temperature=cfg.transfer.temperature if "logits_kl" in losses else 1.0,
             head_mix=head_mix,
             data=Data(image_size=cfg.image_size, repeats=1, augment=stage.augment, workers=cfg.run.workers),
             optimizer=stage.optimizer,

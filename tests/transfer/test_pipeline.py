@@ -113,7 +113,7 @@ def test_a_signal_stops_in_a_stage_and_the_same_command_goes_on(
     ("override", "folder", "told"),
     [
         ("adapt.optimizer.lr=0.5", "adapt", "optimizer.lr was 0.01 and is 0.5"),
-        ("transfer.temperature=3", "adapt", "temperature was 1.0 and is 3.0"),
+        ("transfer.temperature=3", "oriented/transfer", "temperature was 1.0 and is 3.0"),
         ("transfer.schedule.steps=7", "oriented/transfer", "schedule.steps was 6 and is 7"),
         ("target.train.per_class=4", "adapt", "images was"),
     ],
