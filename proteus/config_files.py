@@ -71,6 +71,14 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flat_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree's values by their keys as the command line has them, a.b.c."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def _find(name: str, beside: Path, library: Path = CONFIGS) -> Path:
     for path in (beside / name, library / name):
         if path.is_file():

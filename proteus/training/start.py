@@ -19,7 +19,7 @@ from torch import nn
 
 from proteus import config
 from proteus.config import LABEL_CE, Config
-from proteus.config_files import dump_config
+from proteus.config_files import dump_config, flat_keys
 from proteus.data.dense import DenseSource, is_dense
 from proteus.data.loader import TrainingSet, count_masked
 from proteus.data.sampler import Sampler
@@ -249,7 +249,7 @@ def write_config(cfg: Config, directory: Path, accelerator: Accelerator, progres
     write_file(path, lambda pending: pending.write_text(text))
     if before is None:
         return []
-    then, now = _flat(before), _flat(yaml.safe_load(text))
+    then, now = flat_keys(before), flat_keys(yaml.safe_load(text))
     changed = [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(now.keys() | then.keys())
@@ -264,13 +264,6 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
         return None
     return tree if isinstance(tree, dict) else None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def summarise(

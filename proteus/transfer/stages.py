@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import PartialState
 
 from proteus.config import Config
+from proteus.config_files import flat_keys
 from proteus.data.dense import DenseSource
 from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
@@ -110,7 +111,7 @@ def _identity(cfg: Config, source: Source | DenseSource, after: tuple[Outcome, .
 
     Files of the stages before it stand for themselves wherever the run lies.
     """
-    facts = _flat(cfg.model_dump(mode="json"))
+    facts = flat_keys(cfg.model_dump(mode="json"))
     theirs = [name for outcome in after for name in (outcome.student, outcome.head)]
     kept = {key: value for key, value in facts.items() if key not in INCIDENTAL and value not in theirs}
     before = [hashlib.sha256((outcome.folder / DONE).read_bytes()).hexdigest()[:16] for outcome in after]
@@ -122,10 +123,3 @@ def _check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None
     if changed:
         told = "; ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed[:3])
         raise InputError(f"{folder} is done, in another way: {told}; give another run.dir, or delete that folder")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from proteus.data.dense import DenseSource
 from proteus.data.sets import open_set
@@ -15,42 +14,23 @@ from proteus.transfer.config import Split, TransferConfig
 STREAMS = {"train": 30, "val": 31, "test": 32}  # second words of the generators' seeds
 
 
-class DenseSubset:
-    """Some images of a dense source, in the order given."""
-
-    def __init__(self, source: DenseSource, indices: np.ndarray):
-        self.source, self.indices, self.classes = source, indices, source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def load(self, index: int) -> Image.Image:
-        return self.source.load(int(self.indices[index]))
-
-    def target(self, index: int) -> np.ndarray:
-        return self.source.target(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-
-class Unlabelled:
+class Unlabelled(Subset):
     """Some images of a source, dense or not, without what is known about them."""
 
-    labels: np.ndarray | None = None
-    classes: list[str] = []  # noqa: RUF012
-
     def __init__(self, source: Source | DenseSource, indices: np.ndarray):
-        self.source, self.indices = source, indices
+        self.source, self.indices = source, indices  # type: ignore[assignment]
+        self.labels, self.classes = None, []
 
-    def __len__(self) -> int:
-        return len(self.indices)
 
-    def load(self, index: int) -> Image.Image:
-        return self.source.load(int(self.indices[index]))
+class DenseSubset(Subset):
+    """Some images of a dense source, in the order given, with their targets."""
 
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
+    def __init__(self, source: DenseSource, indices: np.ndarray):
+        self.dense, self.indices, self.classes = source, indices, source.classes
+        self.source = source  # type: ignore[assignment]
+
+    def target(self, index: int) -> np.ndarray:
+        return self.dense.target(int(self.indices[index]))
 
 
 class Target(NamedTuple):
