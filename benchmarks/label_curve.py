@@ -61,6 +61,7 @@ def curves(results: dict[int, list[Result]]) -> dict[str, dict[int, list[float]]
     by_title: dict[str, dict[int, list[float]]] = {}
     for budget, rows in results.items():
         for row in sorted(rows, key=lambda row: row.method != TEACHER):
+            assert row.test is not None  # or there would be nothing to compare
             by_title.setdefault(row.title, {}).setdefault(budget, []).append(100 * row.test)
     return by_title
 

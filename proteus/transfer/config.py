@@ -49,8 +49,8 @@ class Target(Section):
     root: str | None = None
     options: dict[str, Any] = {}  # of the set's reader
     train: Split  # per_class or images is the label budget; what is left over joins the transfer set without its labels
-    val: Split | None  # null: every stage keeps its last weights
-    test: Split
+    val: Split | None = None  # without it every stage keeps its last weights
+    test: Split | None = None  # without it nothing is tested
 
 
 class Stage(Section):

@@ -10,12 +10,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from proteus.config_files import dump_config
+from proteus.data.dense import DenseSource
+from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
 from proteus.errors import InputError
 from proteus.evaluation.extract import fingerprint
 from proteus.training.resize import resize_images
 from proteus.transfer.config import TransferConfig
-from proteus.transfer.methods import Lab, Method, methods_of
+from proteus.transfer.methods import Lab, methods_of
 from proteus.transfer.model import load_task_model
 from proteus.transfer.report import compare_table
 from proteus.transfer.scores import task_score
@@ -29,7 +31,7 @@ TEACHER = "teacher"  # the row of the adapted teacher itself
 class Result:
     """What one method is worth under one seed.
 
-    test:       accuracy or mIoU on the test set, a share in [0, 1].
+    test:       accuracy or mIoU on the test set, a share in [0, 1]; None without one.
     validation: on the validation set, of the weights that were kept; None without one.
     steps:      updates of the student.
     flops:      of all stages together, forward and backward.
@@ -39,7 +41,7 @@ class Result:
     method: str
     title: str
     seed: int
-    test: float
+    test: float | None
     validation: float | None
     steps: int
     flops: int
@@ -63,8 +65,8 @@ def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[
         target = open_target(cfg, seed)
         lab = Lab(cfg, target, seed, directory / f"seed_{seed}")
         _say(
-            f"seed {seed}: {len(target.train)} labelled, {0 if target.val is None else len(target.val)} validation, "
-            f"{len(target.test)} test, {len(lab.transfer_set)} unlabelled images, {len(target.classes)} classes"
+            f"seed {seed}: {len(target.train)} labelled, {_count(target.val)} validation, {_count(target.test)} test, "
+            f"{len(lab.transfer_set)} unlabelled images, {len(target.classes)} classes"
         )
         for name in methods:
             _say(f"seed {seed}: {known[name].title}")
@@ -73,24 +75,33 @@ def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[
                 adapted = outcomes[0]
                 results.append(_result(lab, TEACHER, "the adapted teacher", [adapted], 0))
             results.append(_result(lab, name, known[name].title, outcomes, lab.student_steps))
-            _say(f"seed {seed}: {known[name].title}: test {results[-1].test:.2%}")
+            tested = "" if results[-1].test is None else f", test {results[-1].test:.1%}"
+            _say(f"seed {seed}: {known[name].title}: {results[-1].student}{tested}")
     if state.is_main_process:
         _write(directory, cfg, results)
     return results
 
 
-def check_methods(cfg: TransferConfig, names: list[str]) -> dict[str, Method]:
-    """The methods of these names; InputError for an unknown one."""
+def check_methods(cfg: TransferConfig, names: list[str]) -> None:
+    """InputError for an unknown method, or where there is nothing to compare several on."""
     known = methods_of(cfg)
     for name in names:
         if name not in known:
             raise InputError(f"--compare {name}: no such method; there are {', '.join(known)}")
-    return {name: known[name] for name in names}
+    if len(names) > 1 and cfg.target.test is None:
+        raise InputError("--compare: methods are compared on the test set, and target.test is not given")
 
 
 def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome], steps: int) -> Result:
-    """Score a method's last stage on the test set, unless these very weights have been scored."""
+    """A method's last stage, and its score on the test set, which the same weights get once."""
     last = outcomes[-1]
+    test = None if lab.target.test is None else _test_score(lab, method, last)
+    flops = sum(outcome.flops for outcome in outcomes)
+    return Result(method, title, lab.seed, test, last.score, steps, flops, str(last.folder))
+
+
+def _test_score(lab: Lab, method: str, last: Outcome) -> float:
+    assert lab.target.test is not None
     identity = hashlib.sha256(
         b"".join(Path(path).read_bytes() for path in (last.student, last.head)) + fingerprint(lab.target.test).encode()
     ).hexdigest()
@@ -105,8 +116,7 @@ def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome], steps: i
             facts = {"identity": identity, "test": test}
             write_file(path, lambda pending: pending.write_text(json.dumps(facts)))
         PartialState().wait_for_everyone()
-    flops = sum(outcome.flops for outcome in outcomes)
-    return Result(method, title, lab.seed, test, last.score, steps, flops, str(last.folder))
+    return test
 
 
 def _scored(path: Path, identity: str) -> float | None:
@@ -124,6 +134,10 @@ def _write(directory: Path, cfg: TransferConfig, results: list[Result]) -> None:
     table = compare_table(cfg, results)
     write_file(directory / "results.md", lambda path: path.write_text(table))
     print(table, flush=True)
+
+
+def _count(source: Source | DenseSource | None) -> int:
+    return 0 if source is None else len(source)
 
 
 def _say(text: str) -> None:

@@ -19,19 +19,20 @@ def compare_table(cfg: TransferConfig, results: Sequence["Result"]) -> str:
         rows.setdefault(result.method, []).append(result)
     seeds = len({result.seed for result in results})
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    split = "validation" if cfg.target.test is None else "test"
     lines = [
-        f"| {cfg.teacher.name} → {cfg.student.name} | test {METRICS[cfg.task]} (%) | each seed | student steps | "
+        f"| {cfg.teacher.name} → {cfg.student.name} | {split} {METRICS[cfg.task]} (%) | each seed | student steps | "
         "training TFLOP |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows.values():
-        scores = [100 * result.test for result in row]
+        found = [result.validation if cfg.target.test is None else result.test for result in row]
+        scores = [100 * score for score in found if score is not None]
         spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
         each = " ".join(f"{score:.1f}" for score in scores)
         flops = mean(result.flops for result in row) / 1e12
-        lines.append(
-            f"| {row[0].title} | {mean(scores):.1f}{spread} | {each} | {row[0].steps or ''} | {_three_digits(flops)} |"
-        )
+        average = f"{mean(scores):.1f}" if scores else "not measured"
+        lines.append(f"| {row[0].title} | {average}{spread} | {each} | {row[0].steps or ''} | {_three_digits(flops)} |")
     return "\n".join([*lines, "", f"*{over}; TFLOP of all stages, forward and backward, the teacher's included.*", ""])
 
 

@@ -37,14 +37,14 @@ class Target(NamedTuple):
     """The data of a task.
 
     train:      the labelled images, at least one of each class where an image has a class.
-    val, test:  numbered as `classes`, some of which they may lack; val is None where the config has none.
+    val, test:  numbered as `classes`, some of which they may lack; None where the config has none.
     unlabelled: the images of the training split that are not in val or test, the labelled ones among them.
     classes:    those of the training split.
     """
 
     train: Source | DenseSource
     val: Source | DenseSource | None
-    test: Source | DenseSource
+    test: Source | DenseSource | None
     unlabelled: Source
     classes: list[str]
 
@@ -59,7 +59,7 @@ def open_target(cfg: TransferConfig, seed: int) -> Target:
     class has no labelled image or is not among the training split's, and where two splits hold the same image.
     """
     target = cfg.target
-    held_out = {"test": target.test} | ({"val": target.val} if target.val else {})
+    held_out = {part: split for part, split in (("test", target.test), ("val", target.val)) if split is not None}
     train = _open(cfg, "train", None)
     opened, classes = {target.train.split: train}, train.classes
     for part, split in held_out.items():
@@ -78,7 +78,7 @@ def open_target(cfg: TransferConfig, seed: int) -> Target:
     if cfg.task == "classification":
         _check_every_class(labelled)
     _check_apart(target, {**views, "train": unlabelled})
-    return Target(labelled, views.get("val"), views["test"], unlabelled, classes)
+    return Target(labelled, views.get("val"), views.get("test"), unlabelled, classes)
 
 
 def _open(cfg: TransferConfig, part: str, classes: list[str] | None) -> Any:

@@ -216,3 +216,20 @@ def test_without_a_validation_set_the_last_weights_are_kept(transfer_here, tmp_p
         kept = load_file(seed / name / "head.safetensors")
         last = load_file(seed / name / "checkpoints" / f"step_{steps}" / "model.safetensors")
         assert torch.equal(kept["weight"], last["classifier.weight"])
+
+
+def test_labels_alone_are_enough(transfer_here, tmp_path, capsys):
+    assert transfer_here("target={set: digits, train: {split: train, per_class: 2}}") == 0
+    teacher, student = results(tmp_path / "run")
+    assert (teacher["test"], student["test"], student["validation"]) == (None, None, None)
+    assert "| task-oriented transfer | not measured |" in capsys.readouterr().out
+    assert load_task_model(student["student"]).classes[-1] == "9"
+
+
+def test_without_a_test_set_validation_is_shown_and_nothing_compared(transfer_here, tmp_path, capsys):
+    assert transfer_here("target.test=null") == 0
+    said = capsys.readouterr().out
+    assert "validation accuracy (%)" in said
+    assert f"| task-oriented transfer | {100 * results(tmp_path / 'run')[1]['validation']:.1f} |" in said
+    assert transfer_here("target.test=null", "--compare=all") == 2
+    assert "target.test is not given" in capsys.readouterr().err
