@@ -65,7 +65,7 @@ def transfer_here(tiny: Path, tmp_path: Path):
     """Call the tool's main in this process: transfer_here("--compare=all", "run.seed=2") -> exit status."""
 
     def run(*words: str, directory: str = "run") -> int:
-        return _main(tiny, tmp_path / directory, *words)
+        return call_main(tiny, tmp_path / directory, *words)
 
     return run
 
@@ -74,7 +74,7 @@ def transfer_here(tiny: Path, tmp_path: Path):
 def done_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("transfer")
     (folder / "tiny.yaml").write_text(TINY)
-    assert _main(folder / "tiny.yaml", folder / "run") == 0
+    assert call_main(folder / "tiny.yaml", folder / "run") == 0
     return folder / "run"
 
 
@@ -85,13 +85,14 @@ def done(done_once: Path, tmp_path: Path) -> Path:
     return tmp_path / "run" / "seed_1"
 
 
-def _main(cfg: Path, directory: Path, *words: str) -> int:
+def call_main(cfg: Path, directory: Path, *words: str, cpu: bool = True) -> int:
+    """The tool's main in this process, as if it were the first run."""
     from tools.transfer import main
 
     flags = [word for word in words if word.startswith("--")]
     keys = [word for word in words if not word.startswith("--")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("ACCELERATE_USE_CPU", str(cpu).lower())
         patch.delenv("RANK", raising=False)
         PartialState._reset_state()
         AcceleratorState._reset_state(reset_partial_state=True)
