@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         if not all(word.isdecimal() and int(word) for word in args.per_class.split(",")):
             raise InputError(f"--per-class {args.per_class}: expected numbers above 0, such as 1,2,5")
         budgets = sorted({int(word) for word in args.per_class.split(",")})
-        methods = args.compare.split(",")
+        methods = list(dict.fromkeys(args.compare.split(",")))
         results: dict[int, list[Result]] = {}
         for budget in budgets:
             cfg = load_config(args.cfg, [*args.override, f"target.train.per_class={budget}"], TransferConfig)

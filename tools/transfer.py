@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
         methods = ["oriented"]
         if args.compare:
-            methods = list(methods_of(cfg)) if args.compare == "all" else args.compare.split(",")
+            methods = list(methods_of(cfg)) if args.compare == "all" else list(dict.fromkeys(args.compare.split(",")))
         check_methods(cfg, methods)
         if args.write_splits:
             for name, count in write_splits(open_target(cfg, cfg.run.seed), args.write_splits).items():

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from proteus.data.dense import DenseSource
 from proteus.data.sampler import Draw, Sampler
 from proteus.data.sources import Source
 from proteus.data.transforms import Box, EvalTransform, TrainTransform, fill_boxes, seeded
@@ -59,7 +60,7 @@ class TrainingSet(Dataset):
         images, masks, labels, boxes = [], [], [], []
         bad: list[int] = []
         for row, (index, epoch, position, masked) in enumerate(draws):
-            image, index = self._readable(index, bad)
+            image, index = readable(self.source, index, bad)
             with seeded(self.seed, epoch, position):
                 pixels, box = self.transform(image)
             images.append(pixels)
@@ -79,17 +80,19 @@ class TrainingSet(Dataset):
         mask[torch.from_numpy(chosen)] = True
         return mask
 
-    def _readable(self, index: int, bad: list[int]) -> tuple[Image.Image, int]:
-        """Image `index`, or the next one of the set that can be read; those that cannot are added to `bad`."""
-        for step in range(min(TRIES, len(self.source))):
-            candidate = (index + step) % len(self.source)
-            try:
-                return self.source.load(candidate), candidate
-            except Exception:  # a decoder of a broken file may raise anything
-                bad.append(candidate)
-        raise UnreadableError(
-            f"data: {len(bad)} images in a row cannot be read, from {self.source.name(index)} on; see to the storage"
-        )
+
+def readable(source: Source | DenseSource, index: int, bad: list[int], first: int = 0) -> tuple[Image.Image, int]:
+    """Image `index`, or the next one from `first` on that can be read; those that cannot are added to `bad`."""
+    count = len(source) - first
+    for step in range(min(TRIES, count)):
+        candidate = first + (index - first + step) % count
+        try:
+            return source.load(candidate), candidate
+        except Exception:  # a decoder of a broken file may raise anything
+            bad.append(candidate)
+    raise UnreadableError(
+        f"data: {len(bad)} images in a row cannot be read, from {source.name(index)} on; see to the storage"
+    )
 
 
 def count_masked(patches: int, ratio: float) -> int:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -65,6 +65,10 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
+
+    def file(self, index: int) -> str:
+        """The whole path of image `index`."""
+        return str(self.root / os.fsdecode(self._paths[index]))
 
 
 class DigitsSource:
@@ -139,6 +143,10 @@ class Subset:
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
+    def file(self, index: int) -> str:
+        """As `file_of` the source."""
+        return file_of(self.source, int(self.indices[index]))
+
 
 class Merged:
     """Several sources one after the other. Labels, where all have them, are kept apart."""
@@ -168,6 +176,15 @@ class Merged:
     def name(self, index: int) -> str:
         source, local = self._place(index)
         return source.name(local)
+
+    def file(self, index: int) -> str:
+        """As `file_of` the source that it is from."""
+        return file_of(*self._place(index))
+
+
+def file_of(source: Any, index: int) -> str:
+    """The file that image `index` of a source is in, where it is in one; else its name, which may be a path itself."""
+    return source.file(index) if hasattr(source, "file") else source.name(index)
 
 
 def build_source(cfg: config.Sources, seed: int) -> Source:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from proteus.data.loader import as_is
-from proteus.data.sources import Source
+from proteus.data.sources import Source, file_of
 from proteus.data.transforms import EvalTransform
 from proteus.engine.atomic import write_file
 from proteus.errors import InputError
@@ -154,7 +154,7 @@ def fingerprint(source: Any) -> str:
     digest = hashlib.sha256(f"{len(source)} {source.classes}".encode("utf-8", "surrogateescape"))
     digest.update(b"" if labels is None else np.ascontiguousarray(labels).tobytes())
     for index in np.unique(np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)):
-        name = source.name(int(index))
+        name = file_of(source, int(index))
         digest.update(name.encode("utf-8", "surrogateescape"))
         with contextlib.suppress(OSError, ValueError):  # not every name is a path
             found = os.stat(name)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from proteus.errors import InputError, nearest
 from proteus.losses.contrastive import contrastive_loss
-from proteus.losses.feature import feature_loss
+from proteus.losses.feature import feature_loss, patch_feature_loss
 from proteus.losses.logits import IGNORE_LABEL, label_ce, logits_kl
 from proteus.losses.patch import patch_loss
 from proteus.losses.token import token_loss
@@ -27,6 +27,7 @@ class Loss(NamedTuple):
 LOSSES: dict[str, Loss] = {
     "token": Loss(token_loss, ("token",)),
     "feature": Loss(feature_loss, ("token", "feature")),
+    "patch_feature": Loss(patch_feature_loss, ("feature",)),
     "patch": Loss(patch_loss, ("patch",)),
     "contrastive": Loss(contrastive_loss, ("token",)),
     "logits_kl": Loss(logits_kl, ("logits",)),

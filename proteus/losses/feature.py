@@ -1,4 +1,4 @@
-"""The feature loss: every token to every token."""
+"""The feature losses: every token to every token, or every patch token alone."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,3 +16,8 @@ def feature_loss(student: Projected, target: Target) -> Tensor:
     cls = F.mse_loss(student.plain.cls.float(), target.features.cls.float())
     patch = F.mse_loss(student.plain.patch.float(), target.features.patch.float())
     return (cls + tokens * patch) / (1 + tokens)
+
+
+def patch_feature_loss(student: Projected, target: Target) -> Tensor:
+    """Mean squared error of the patch tokens [B, N, D], none of them masked (arXiv 2311.18237, for segmentation)."""
+    return F.mse_loss(student.plain.patch.float(), target.features.patch.float())

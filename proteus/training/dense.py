@@ -1,10 +1,11 @@
 """Labels for every pixel: batches of views of images and their targets."""
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from proteus.data.dense import IGNORE, DenseSource
-from proteus.data.loader import Batch
+from proteus.data.loader import Batch, readable
 from proteus.data.sampler import Draw
 from proteus.data.transforms import seeded
 from proteus.errors import UnreadableError
@@ -44,7 +45,10 @@ def square_views(size: int) -> SegmentationPreset:
 
 
 class DenseTrainingSet(Dataset):
-    """Turns the draws of a micro-batch into a Batch with labels [B, S, S]. A view depends on its draw alone."""
+    """Turns the draws of a micro-batch into a Batch with labels [B, S, S]. A view depends on its draw alone.
+
+    A source may say, as `unlabelled_from`, which number its images without a target begin with.
+    """
 
     def __init__(self, source: DenseSource, size: int, seed: int, patches: int):
         self.source, self.seed, self.patches = source, seed, patches
@@ -57,13 +61,22 @@ class DenseTrainingSet(Dataset):
             return error
 
     def batch(self, draws: list[Draw]) -> Batch:
-        """The Batch of some draws; UnreadableError for a broken image or target: of few labels none is left out."""
+        """The Batch of some draws; UnreadableError for a broken labelled one, of which there are few."""
         images, labels = [], []
+        bad: list[int] = []
         for draw in draws:
-            pair = read(self.source, draw.image)
+            image, target = self._pair(draw.image, bad)
             with seeded(self.seed, draw.epoch, draw.position):
-                pixels, target = self.view(*pair)
+                pixels, seen = self.view(image, target)
             images.append((pixels * 255).round().byte())
-            labels.append(torch.where(target == IGNORE, IGNORE_LABEL, target.long()))
+            labels.append(torch.where(seen == IGNORE, IGNORE_LABEL, seen.long()))
         masks = torch.zeros(0, self.patches, dtype=torch.bool)
-        return Batch(torch.stack(images), masks, torch.stack(labels), [], [])
+        return Batch(torch.stack(images), masks, torch.stack(labels), [], bad)
+
+    def _pair(self, index: int, bad: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Image [H, W, 3] and target [H, W]; of the unlabelled ones the next that can be read."""
+        first = getattr(self.source, "unlabelled_from", len(self.source))
+        if index < first:
+            return read(self.source, index)
+        image, _ = readable(self.source, index, bad, first)
+        return np.asarray(image), np.full((image.height, image.width), IGNORE, dtype=np.uint8)

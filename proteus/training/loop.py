@@ -194,7 +194,7 @@ def _check_health(cfg: Config, progress: Progress, source: Source | DenseSource)
     bad, limit = len(progress.bad_images), cfg.data.max_bad_share * len(source)
     if bad > limit and bad >= cfg.data.max_bad_files:
         raise InputError(
-            f"{bad} of {len(source)} images cannot be read, more than data.max_bad_share={cfg.data.max_bad_share}; "
+            f"{bad} of {len(source)} images cannot be read, more than max_bad_share={cfg.data.max_bad_share} allows; "
             f"they are named in {cfg.run.dir}/skipped_images.txt"
         )
     # Of late only: fp16 tries a larger loss scale every 2,000 steps, and skips a step to find it too large.

@@ -9,7 +9,7 @@ from proteus.models import Encoder
 from proteus.training.resize import Grid
 from proteus.training.teacher import Teacher
 
-ON_PATCHES = {"patch", "feature"}  # losses that compare patch by patch
+ON_PATCHES = {"patch", "feature", "patch_feature"}  # losses that compare patch by patch
 
 
 class Sizes(NamedTuple):

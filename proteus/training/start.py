@@ -46,7 +46,9 @@ def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
     # DDP orders its buckets anew after the first step it makes. With three processes and more the order of a sum
     # changes its last bits, so a resumed run would differ; searching for unused parameters keeps the first order.
     fixed_buckets = int(os.environ.get("WORLD_SIZE", 1)) > 2
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=fixed_buckets, broadcast_buffers=False)
+    # A head may leave a part of a network out: the pooling, the norm of the class token alone, of its last block.
+    with_head = bool({LABEL_CE, "logits_kl"} & cfg.computed_losses)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=fixed_buckets or with_head, broadcast_buffers=False)
     if cfg.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

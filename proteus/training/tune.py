@@ -19,7 +19,9 @@ def tune(encoder: Encoder, how: Tune, rank: int) -> None:
     head: none: the encoder is frozen, its batch statistics included, and no graph is built through it.
     lora: matrices A [rank, in] and B [out, rank] beside each linear layer W that the network calls: W x + 2 B A x
           (LoRA, arXiv 2106.09685, with alpha = 2 rank). B starts at 0, so the encoder starts as it was. All else,
-          `mask_token` too, is frozen. InputError where there is no linear layer, or where peft is not installed.
+          `mask_token` too, is frozen, and the network stays in evaluation mode, which batch statistics and dropout
+          go by: what the adapters stand beside stays what it was. InputError where there is no linear layer, or where
+          peft is not installed.
     """
     if how == "head":
         encoder.freeze()
@@ -60,6 +62,10 @@ def _add_adapters(encoder: Encoder, rank: int) -> None:
     encoder.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     inject_adapter_in_model(config, encoder.network)
+    adapters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    encoder.freeze()
+    for parameter in adapters:
+        parameter.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from accelerate import PartialState
+from accelerate.utils import broadcast
+
 from proteus.engine.atomic import write_file
 from proteus.models.heads import save_head
 from proteus.models.weights import save_encoder
@@ -30,6 +33,9 @@ def keep_best(validation: Validation, task: Distillation, progress: Progress) ->
     """Score the task: (score, whether it is the best so far). Of equal ones the later is, which has learnt longer."""
     mode = task.training
     task.eval()
+    if PartialState().num_processes > 1:
+        for buffer in task.buffers():  # running statistics are each process's own; the main process's are saved
+            broadcast(buffer)
     score = validation.score(task)
     task.train(mode)
     best = progress.best_score is None or score >= progress.best_score

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from proteus.config import (
+    LABEL_CE,
     Augment,
     Flag,
     NonNegative,
@@ -56,10 +57,11 @@ class Target(Section):
 class Stage(Section):
     """How one stage trains."""
 
-    batch_size: Positive = 64  # images of a process
+    batch_size: Positive = 64  # images a process sees at once
+    accumulate: Positive = 1  # micro-batches to an update
     optimizer: Optimizer = Optimizer()
     schedule: Schedule
-    augment: Augment = Augment()
+    augment: Augment = Augment()  # of images; labelled pixels are seen as in DINOv2's linear segmentation
     validate_every: Positive = 100  # steps; the best of these is kept
 
     @model_validator(mode="after")
@@ -74,6 +76,7 @@ class Adapt(Stage):
 
     tune: Literal["all", "head", "lora"] = "head"
     rank: Positive = 8  # of lora
+    grad_checkpointing: Flag = False  # compute activations again in backward instead of keeping them
 
 
 class Transfer(Stage):
@@ -83,12 +86,14 @@ class Transfer(Stage):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     data: Sources | None = None  # unlabelled images beside the target's own
     own: Flag = True  # the target's training images belong to the transfer set, without their labels
+    max_bad_share: Probability = 0.01  # it stops when more than this share of the files ...
+    max_bad_files: Annotated[int, Field(ge=0)] = 10  # ... and at least this many cannot be read
 
 
 class SingleStage(Section):
     """Labels and teacher at once on separate heads (DHO), for as many steps as transfer and finetune together."""
 
-    ce_weight: Probability = 0.5  # of the cross-entropy with labels; the rest is the teacher's
+    ce_weight: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the cross-entropy with labels; the rest is the teacher's
     labelled: Share = 0.5  # of a batch
     mix: Probability = 0.5  # of the labelled head in the prediction; the rest is the other head's
 
@@ -134,6 +139,8 @@ class TransferConfig(Section):
             raise ValueError(
                 "transfer.losses: logits_kl, what makes the transfer task-oriented, needs a weight above 0"
             )
+        if self.transfer.losses.get(LABEL_CE):
+            raise ValueError(f"transfer.losses: {LABEL_CE} needs labels, and the transfer set has none")
         if self.transfer.data is None and not self.transfer.own:
             raise ValueError("transfer: no images to transfer on: give transfer.data, or own=true")
         return self

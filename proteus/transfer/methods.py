@@ -1,25 +1,23 @@
 """Ways to a small model for the task, each a few stages of training; what they have in common is in `Lab`."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from PIL import Image
 
-from proteus.config import LABEL_CE, Config, Data, Ema, Probe, Run, RunBase, Sources, Student, Teacher
+from proteus.config import LABEL_CE, Config, Data, Ema, Probe, Run, RunBase, Student, Teacher
 from proteus.data.dense import IGNORE, DenseSource, is_dense
-from proteus.data.sources import Merged, Source, Subset, build_source
-from proteus.errors import InputError
-from proteus.evaluation.extract import View
+from proteus.data.sources import Merged, Source, Subset, file_of
+from proteus.evaluation.extract import View, fingerprint
 from proteus.losses.logits import IGNORE_LABEL
-from proteus.training.task import Distillation
 from proteus.training.teacher import RANDOM, find_weights
 from proteus.transfer.config import Stage, TransferConfig
 from proteus.transfer.scores import task_score
-from proteus.transfer.stages import Outcome, run_stage
+from proteus.transfer.stages import Judge, Outcome, run_stage
 from proteus.transfer.target import Target
 
 EVAL_BATCH = 64
@@ -27,33 +25,31 @@ EVAL_BATCH = 64
 
 @dataclass(frozen=True)
 class Method:
-    """What it is called in tables, and the stages it takes, the last of which holds the student."""
+    """What it is called in tables, and its stages: the last holds the student, the first may adapt the teacher."""
 
     title: str
     run: Callable[["Lab"], list[Outcome]]
+    adapts: bool = False
 
 
 class Lab:
-    """One seed of a transfer: the task's images, the teacher, and a way to train a stage in `folder`/<name>."""
+    """One seed of a transfer: the task's images, the teacher, and a way to train a stage in `folder`/<name>.
 
-    def __init__(self, cfg: TransferConfig, target: Target, seed: int, folder: Path):
+    further:      unlabelled images besides the target's own.
+    transfer_set: all unlabelled images that the student learns on.
+    """
+
+    def __init__(self, cfg: TransferConfig, target: Target, further: Source | None, seed: int, folder: Path):
         self.cfg, self.target, self.seed, self.folder = cfg, target, seed, folder
+        sources = [target.unlabelled] if cfg.transfer.own else []
+        sources += [further] if further is not None else []
+        self.transfer_set: Source = sources[0] if len(sources) == 1 else Merged(sources)
         self.view = View(cfg.image_size, cfg.crop, EVAL_BATCH, cfg.run.workers)
         size = cfg.image_size if cfg.student.image_size == "auto" else cfg.student.image_size
         self.student = cfg.student.model_copy(update={"image_size": size})
         with PartialState().local_main_process_first():  # which fetches them, should that be asked for
             weights = find_weights(cfg.teacher)
         self.teacher = cfg.teacher.model_copy(update={"checkpoint": weights or RANDOM})
-
-    @cached_property
-    def transfer_set(self) -> Source:
-        """The unlabelled images: the target's own, further ones, or both."""
-        cfg = self.cfg.transfer
-        sources = [self.target.unlabelled] if cfg.own else []
-        check_leaks(cfg.data, self.target)
-        if cfg.data is not None:
-            sources.append(build_source(cfg.data, self.seed))
-        return sources[0] if len(sources) == 1 else Merged(sources)
 
     def train(
         self,
@@ -72,27 +68,39 @@ class Lab:
         cfg = self.cfg
         schedule = stage.schedule.model_copy(update={"steps": steps or stage.schedule.steps})
         settings = {key: getattr(cfg.run, key) for key in RunBase.model_fields}
-        settings |= {"dir": str(self.folder / name), "seed": self.seed, "batch_size": stage.batch_size}
+        settings |= {"dir": str(self.folder / name), "seed": self.seed}
+        settings |= {"batch_size": stage.batch_size, "accumulate": stage.accumulate}
         whole = Config(
             teacher=teacher,
             student=student,
             losses=losses,
             temperature=cfg.transfer.temperature if "logits_kl" in losses else 1.0,
             head_mix=head_mix,
-            data=Data(image_size=cfg.image_size, repeats=1, augment=stage.augment, workers=cfg.run.workers),
+            data=Data(
+                image_size=cfg.image_size,
+                repeats=1,
+                augment=stage.augment,
+                workers=cfg.run.workers,
+                max_bad_share=cfg.transfer.max_bad_share,
+                max_bad_files=cfg.transfer.max_bad_files,
+            ),
             optimizer=stage.optimizer,
             schedule=schedule,
             ema=Ema(decay=None),
             probe=Probe(every_epochs=0),
             run=Run(**settings),
         )
-        judged = self.target.val is not None and {LABEL_CE, "logits_kl"} & losses.keys()
-        return run_stage(whole, source, self.validation_score if judged else None, stage.validate_every, after=after)
+        return run_stage(
+            whole, source, self._judge(stage) if {LABEL_CE, "logits_kl"} & losses.keys() else None, after=after
+        )
 
-    def validation_score(self, task: Distillation) -> float:
-        """Accuracy or mIoU on the validation set."""
-        assert self.target.val is not None
-        return task_score(task.predict, self.target.val, self.view)
+    def _judge(self, stage: Stage) -> Judge | None:
+        """Accuracy or mIoU on the validation set; None without one."""
+        val = self.target.val
+        if val is None:
+            return None
+        identity = f"{fingerprint(val)[:16]} at {self.cfg.crop}"
+        return Judge(lambda task: task_score(task.predict, val, self.view), stage.validate_every, identity)
 
     @property
     def student_steps(self) -> int:
@@ -111,6 +119,7 @@ class Lab:
             rank=cfg.adapt.rank,
             image_size=teacher.image_size or cfg.image_size,
             compile=teacher.compile,
+            grad_checkpointing=cfg.adapt.grad_checkpointing,
             arch=teacher.arch,
         )
         outcome = self.train("adapt", cfg.adapt, learner, {LABEL_CE: 1.0}, self.target.train)
@@ -154,7 +163,7 @@ def agnostic(lab: Lab) -> list[Outcome]:
 
 def contrastive(lab: Lab) -> list[Outcome]:
     """Task-agnostic transfer as the second paper has it: a contrastive loss; for segmentation patch features too."""
-    on_patches = {"feature": 1.0} if lab.cfg.task == "segmentation" else {}
+    on_patches = {"patch_feature": 1.0} if lab.cfg.task == "segmentation" else {}
     transferred = lab.transfer("contrastive", lab.teacher, {"contrastive": 1.0} | on_patches)
     return [transferred, lab.finetune("contrastive", transferred)]
 
@@ -169,17 +178,18 @@ def scratch(lab: Lab) -> list[Outcome]:
 def pretrained(lab: Lab, name: str) -> list[Outcome]:
     """The labels alone, from weights that somebody has pretrained."""
     student = lab.student.model_copy(update={"checkpoint": lab.cfg.pretrained[name]})
+    stage = lab.cfg.finetune.model_copy(update={"validate_every": lab.cfg.transfer.validate_every})
     folder = f"pretrained-{name}"
-    return [lab.train(folder, lab.cfg.finetune, student, {LABEL_CE: 1.0}, lab.target.train, steps=lab.student_steps)]
+    return [lab.train(folder, stage, student, {LABEL_CE: 1.0}, lab.target.train, steps=lab.student_steps)]
 
 
 def single_stage(lab: Lab) -> list[Outcome]:
     """Labels and the adapted teacher at once, on separate heads (DHO, arXiv 2505.07675)."""
     adapted, teacher = lab.adapt()
     cfg = lab.cfg.single_stage
-    # The cross-entropy is a mean over all images of a batch, of which `labelled` count.
-    losses = {LABEL_CE: cfg.ce_weight / cfg.labelled, "logits_kl": 1 - cfg.ce_weight}
-    mixed = mix_labels(lab.target.train, lab.transfer_set, cfg.labelled)
+    mixed, share = mix_labels(lab.target.train, lab.transfer_set, cfg.labelled)
+    # The cross-entropy is a mean over all images of a batch, of which that share counts.
+    losses = {LABEL_CE: cfg.ce_weight / share, "logits_kl": 1 - cfg.ce_weight}
     student = lab.train(
         "single_stage",
         lab.cfg.transfer,
@@ -195,8 +205,8 @@ def single_stage(lab: Lab) -> list[Outcome]:
 
 
 METHODS: dict[str, Method] = {
-    "oriented": Method("task-oriented transfer", oriented),
-    "single_stage": Method("labels and teacher at once (DHO)", single_stage),
+    "oriented": Method("task-oriented transfer", oriented, adapts=True),
+    "single_stage": Method("labels and teacher at once (DHO)", single_stage, adapts=True),
     "agnostic": Method("task-agnostic transfer (Proteus losses)", agnostic),
     "contrastive": Method("task-agnostic transfer (contrastive)", contrastive),
     "scratch": Method("labels alone, from scratch", scratch),
@@ -212,43 +222,35 @@ def methods_of(cfg: TransferConfig) -> dict[str, Method]:
     return METHODS | given
 
 
-def check_leaks(data: Sources | None, target: Target) -> None:
-    """InputError where images to be validated or tested on lie in a folder of the transfer set."""
-    parts = [] if data is None else [data, *data.merge]
-    roots = [os.path.realpath(Path(p.root or "", p.split or "")) for p in parts if p.kind == "folder" and p.root]
-    for split, source in (("val", target.val), ("test", target.test)):
-        for index in range(len(source) if source is not None and roots else 0):
-            name = os.path.realpath(source.name(index))  # type: ignore[union-attr]
-            if any(name.startswith(root + os.sep) for root in roots):
-                raise InputError(
-                    f"transfer.data holds {source.name(index)} of target.{split}: "  # type: ignore[union-attr]
-                    "give a folder without the images that are validated or tested on"
-                )
-
-
-def mix_labels(labelled: Source | DenseSource, unlabelled: Source, share: float) -> Source | DenseSource:
+def mix_labels(labelled: Source | DenseSource, unlabelled: Source, share: float) -> tuple[Source | DenseSource, float]:
     """A set of which `share` are labelled images, repeated as often as that takes, and the rest unlabelled ones.
 
-    Those have the label -1, or every pixel ignored.
+    Those have the label -1, or every pixel ignored. Returns the share as well: more, where there are more labelled
+    images than asked for.
     """
     few, many = len(labelled), len(unlabelled)
     again = np.arange(few if share == 1 else max(few, round(many * share / (1 - share)))) % few
+    if share == 1:
+        many = 0
     if is_dense(labelled):
-        return _MixedPixels(labelled, again, unlabelled if share < 1 else None)
+        return MixedPixels(labelled, again, unlabelled if many else None), len(again) / (len(again) + many)
     repeated = Subset(labelled, again)  # type: ignore[arg-type]
     assert repeated.labels is not None
-    mixed = Merged([repeated, unlabelled] if share < 1 else [repeated])
+    mixed = Merged([repeated, unlabelled] if many else [repeated])
     mixed.classes = labelled.classes
-    mixed.labels = np.concatenate([repeated.labels, np.full(len(mixed) - len(again), IGNORE_LABEL)])
-    return mixed
+    mixed.labels = np.concatenate([repeated.labels, np.full(many, IGNORE_LABEL)])
+    return mixed, len(again) / (len(again) + many)
 
 
-class _MixedPixels:
-    """Images with a class for every pixel, then unlabelled ones, whose pixels count nowhere."""
+class MixedPixels:
+    """Images with a class for every pixel, then unlabelled ones, whose pixels count nowhere.
+
+    unlabelled_from: the number of the first of those.
+    """
 
     def __init__(self, labelled: DenseSource, again: np.ndarray, unlabelled: Source | None):
         self.labelled, self.again, self.unlabelled = labelled, again, unlabelled
-        self.classes = labelled.classes
+        self.classes, self.unlabelled_from = labelled.classes, len(again)
 
     def __len__(self) -> int:
         return len(self.again) + (0 if self.unlabelled is None else len(self.unlabelled))
@@ -259,7 +261,7 @@ class _MixedPixels:
         assert self.unlabelled is not None
         return self.unlabelled, index - len(self.again)
 
-    def load(self, index: int):
+    def load(self, index: int) -> Image.Image:
         source, place = self._place(index)
         return source.load(place)
 
@@ -272,3 +274,7 @@ class _MixedPixels:
     def name(self, index: int) -> str:
         source, place = self._place(index)
         return source.name(place)
+
+    def file(self, index: int) -> str:
+        """As `file_of` the source that it is from."""
+        return file_of(*self._place(index))

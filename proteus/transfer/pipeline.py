@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 
 from proteus.config_files import dump_config
 from proteus.data.dense import DenseSource
-from proteus.data.sources import Source
+from proteus.data.sources import Source, build_source
 from proteus.engine.atomic import write_file
 from proteus.errors import InputError
 from proteus.evaluation.extract import fingerprint
@@ -22,7 +22,7 @@ from proteus.transfer.model import load_task_model
 from proteus.transfer.report import compare_table
 from proteus.transfer.scores import task_score
 from proteus.transfer.stages import Outcome
-from proteus.transfer.target import open_target
+from proteus.transfer.target import check_leaks, open_splits, open_target
 
 TEACHER = "teacher"  # the row of the adapted teacher itself
 
@@ -57,13 +57,14 @@ def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[
     directory = Path(cfg.run.dir)
     known = methods_of(cfg)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # only an Accelerator asks by itself
-    if state.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_file(directory / "config.yaml", lambda path: path.write_text(dump_config(cfg)))
+    opened = open_splits(cfg)
+    further = None if cfg.transfer.data is None else build_source(cfg.transfer.data, cfg.run.seed)
     results: list[Result] = []
     for seed in seeds:
-        target = open_target(cfg, seed)
-        lab = Lab(cfg, target, seed, directory / f"seed_{seed}")
+        target = open_target(cfg, seed, opened)
+        if further is not None and seed == seeds[0]:
+            check_leaks(further, target)
+        lab = Lab(cfg, target, further, seed, directory / f"seed_{seed}")
         _say(
             f"seed {seed}: {len(target.train)} labelled, {_count(target.val)} validation, {_count(target.test)} test, "
             f"{len(lab.transfer_set)} unlabelled images, {len(target.classes)} classes"
@@ -71,14 +72,14 @@ def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[
         for name in methods:
             _say(f"seed {seed}: {known[name].title}")
             outcomes = known[name].run(lab)
-            if outcomes[0].folder.name == "adapt" and not any(r.method == TEACHER and r.seed == seed for r in results):
-                adapted = outcomes[0]
-                results.append(_result(lab, TEACHER, "the adapted teacher", [adapted], 0))
+            if known[name].adapts and not any(r.method == TEACHER and r.seed == seed for r in results):
+                results.append(_result(lab, TEACHER, "the adapted teacher", outcomes[:1], 0))
             results.append(_result(lab, name, known[name].title, outcomes, lab.student_steps))
             tested = "" if results[-1].test is None else f", test {results[-1].test:.1%}"
             _say(f"seed {seed}: {known[name].title}: {results[-1].student}{tested}")
     if state.is_main_process:
-        _write(directory, cfg, results)
+        several = len(methods) * len(seeds) > 1
+        _write(directory, "compare" if several else "results", cfg, results)
     return results
 
 
@@ -102,9 +103,10 @@ def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome], steps: i
 
 def _test_score(lab: Lab, method: str, last: Outcome) -> float:
     assert lab.target.test is not None
-    identity = hashlib.sha256(
-        b"".join(Path(path).read_bytes() for path in (last.student, last.head)) + fingerprint(lab.target.test).encode()
-    ).hexdigest()
+    digest = hashlib.sha256(f"{fingerprint(lab.target.test)} at {lab.cfg.crop}".encode())
+    for file in (last.student, last.head):
+        digest.update(Path(file).read_bytes())
+    identity = digest.hexdigest()
     path = last.folder / "test.json"
     test = _scored(path, identity)
     if test is None:
@@ -127,12 +129,13 @@ def _scored(path: Path, identity: str) -> float | None:
     return facts["test"] if facts.get("identity") == identity else None
 
 
-def _write(directory: Path, cfg: TransferConfig, results: list[Result]) -> None:
-    """results.json and, as a person reads it, results.md; on screen too."""
+def _write(directory: Path, name: str, cfg: TransferConfig, results: list[Result]) -> None:
+    """The config, <name>.json and, as a person reads it, <name>.md; that on screen too."""
+    write_file(directory / "config.yaml", lambda path: path.write_text(dump_config(cfg)))
     text = json.dumps([asdict(result) for result in results], indent=1)
-    write_file(directory / "results.json", lambda path: path.write_text(text))
+    write_file(directory / f"{name}.json", lambda path: path.write_text(text))
     table = compare_table(cfg, results)
-    write_file(directory / "results.md", lambda path: path.write_text(table))
+    write_file(directory / f"{name}.md", lambda path: path.write_text(table))
     print(table, flush=True)
 
 

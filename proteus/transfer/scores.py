@@ -22,7 +22,7 @@ Predict = Callable[[Tensor], Tensor]  # images [B, 3, S, S], uint8 or in [0, 1],
 def task_score(predict: Predict, source: Source | DenseSource, view: View) -> float:
     """Accuracy or, where every pixel has a label, mIoU: a share in [0, 1], the same on every process.
 
-    The images are shared out over the processes. InputError, on every process, where one cannot be read.
+    The images are shared out over the processes, and scored in float32. InputError where one cannot be read.
     """
     return mean_iou(predict, source, view) if is_dense(source) else accuracy(predict, source, view)  # type: ignore
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 
@@ -21,9 +23,24 @@ from proteus.training.state import Progress, list_checkpoints, read_progress
 from proteus.training.task import Distillation
 from proteus.training.validation import Validation
 
-DONE = "stage.json"
+BEGUN, DONE = "identity.json", "stage.json"
 # Keys that may change between two runs of a stage without making it another one.
-INCIDENTAL = ("run.dir", "run.log_every", "run.save_every", "run.keep", "data.workers", "run.max_nonfinite")
+INCIDENTAL = {
+    "run.dir",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.max_nonfinite",
+    "run.attention",
+    "data.workers",
+    "data.max_bad_share",
+    "data.max_bad_files",
+    "student.compile",
+    "student.grad_checkpointing",
+    "teacher.compile",
+    "teacher.download",
+}
+WEIGHTS = ("student.checkpoint", "student.head", "teacher.checkpoint", "teacher.head")
 
 
 @dataclass(frozen=True)
@@ -31,15 +48,13 @@ class Outcome:
     """What a stage has come to.
 
     folder: holds student.safetensors and head.safetensors.
-    steps:  updates it took; flops: of all of them on all processes, forward and backward, its teacher's among them.
+    flops:  of all updates on all processes, forward and backward, its teacher's among them.
     score:  on the validation set, of the step that was kept; None without such a set.
     """
 
     folder: Path
-    steps: int
     flops: int
     score: float | None
-    best_step: int
 
     @property
     def student(self) -> str:
@@ -50,42 +65,55 @@ class Outcome:
         return str(self.folder / "head.safetensors")
 
 
+class Judge(NamedTuple):
+    """What chooses the weights that a stage keeps: a score every so many updates, higher is better.
+
+    identity: what the score depends on besides the weights.
+    """
+
+    score: Callable[[Distillation], float]
+    every: int
+    identity: str
+
+
 def run_stage(
-    cfg: Config,
-    source: Source | DenseSource,
-    score: Callable[[Distillation], float] | None,
-    validate_every: int,
-    *,
-    after: tuple[Outcome, ...] = (),
+    cfg: Config, source: Source | DenseSource, judge: Judge | None, *, after: tuple[Outcome, ...] = ()
 ) -> Outcome:
     """Train by `cfg` on `source` unless its folder says that this has been done.
 
     after: stages whose outputs this one starts from: where they were done anew, this one is out of date.
 
-    Stopped where a signal stopped it; InputError where the folder holds the same stage done in another way.
+    Stopped where a signal stopped it; InputError where the folder holds the stage begun or done in another way.
     """
     assert cfg.run.dir is not None
-    folder = Path(cfg.run.dir)
-    identity = _identity(cfg, source, after)
-    done = folder / DONE
+    folder, state = Path(cfg.run.dir), PartialState()
+    identity = _identity(cfg, source, judge, after)
+    begun, done = folder / BEGUN, folder / DONE
+    if begun.is_file():
+        _check_same(_read(begun), identity, folder, done.is_file())
+    elif state.is_main_process:
+        make_folder(folder)
+        write_file(begun, lambda path: path.write_text(json.dumps(identity, indent=1)))
+    state.wait_for_everyone()
     if not done.is_file():
-        validation = Validation(score, validate_every) if score else None
+        validation = Validation(judge.score, judge.every) if judge else None
         signum = train(cfg, source=source, validation=validation, measure_flops=True)
         if signum:
             raise Stopped(signum)
-        progress = read_progress(list_checkpoints(folder / "checkpoints")[-1])
-        if PartialState().is_main_process:
-            facts = {"identity": identity, **_facts(progress)}
+        if state.is_main_process:  # who wrote the last checkpoint
+            facts = _facts(read_progress(list_checkpoints(folder / "checkpoints")[-1]))
             write_file(done, lambda path: path.write_text(json.dumps(facts, indent=1)))
-        PartialState().wait_for_everyone()
+        state.wait_for_everyone()
     facts = _read(done)
-    _check_same(facts["identity"], identity, folder)
-    return Outcome(folder, facts["steps"], facts["flops"], facts["score"], facts["best_step"])
+    return Outcome(folder, facts["flops"], facts["score"])
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a stage has come to its end in that folder."""
-    return (folder / DONE).is_file()
+def make_folder(folder: Path) -> None:
+    """Make a folder; InputError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.dir: {folder} cannot be made: {error.strerror or error}") from None
 
 
 def _facts(progress: Progress) -> dict[str, Any]:
@@ -106,20 +134,40 @@ def _read(done: Path) -> dict[str, Any]:
         ) from None
 
 
-def _identity(cfg: Config, source: Source | DenseSource, after: tuple[Outcome, ...]) -> dict[str, Any]:
+def _identity(
+    cfg: Config, source: Source | DenseSource, judge: Judge | None, after: tuple[Outcome, ...]
+) -> dict[str, Any]:
     """What makes a stage this one and not another, by the config's keys.
 
-    Files of the stages before it stand for themselves wherever the run lies.
+    Files of the stages before it stand for themselves wherever the run lies; other weights are known by their bytes.
     """
-    facts = flat_keys(cfg.model_dump(mode="json"))
+    facts = {key: value for key, value in flat_keys(cfg.model_dump(mode="json")).items() if key not in INCIDENTAL}
     theirs = [name for outcome in after for name in (outcome.student, outcome.head)]
-    kept = {key: value for key, value in facts.items() if key not in INCIDENTAL and value not in theirs}
-    before = [hashlib.sha256((outcome.folder / DONE).read_bytes()).hexdigest()[:16] for outcome in after]
-    return json.loads(json.dumps(kept | {"images": fingerprint(source)[:16], "stages before": before}))
+    for key in WEIGHTS:
+        path = facts.get(key)
+        if path in theirs:
+            del facts[key]
+        elif path and Path(path).is_file():
+            facts[key] = f"sha256 {_hash_of(path, os.stat(path).st_mtime_ns)[:16]}"
+    micro_batch = facts.pop("run.batch_size") * facts.pop("run.accumulate")
+    facts |= {
+        "images of a step": micro_batch * PartialState().num_processes,
+        "images": fingerprint(source)[:16],
+        "validation": f"every {judge.every} steps on {judge.identity}" if judge else None,
+        "stages before": [hashlib.sha256((outcome.folder / BEGUN).read_bytes()).hexdigest()[:16] for outcome in after],
+    }
+    return json.loads(json.dumps(facts))
 
 
-def _check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+@lru_cache
+def _hash_of(path: str, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_same(then: dict[str, Any], now: dict[str, Any], folder: Path, done: bool) -> None:
     changed = [key for key in (then | now) if then.get(key) != now.get(key)]
     if changed:
         told = "; ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed[:3])
-        raise InputError(f"{folder} is done, in another way: {told}; give another run.dir, or delete that folder")
+        state = "done" if done else "begun"
+        raise InputError(f"{folder} is {state}, in another way: {told}; give another run.dir, or delete that folder")

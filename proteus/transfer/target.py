@@ -1,12 +1,14 @@
 """The target task's images: which are labelled, which choose between checkpoints, which are tested on, and the rest."""
 
+import os
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from proteus.data.dense import DenseSource
 from proteus.data.sets import open_set
-from proteus.data.sources import Source, Subset
+from proteus.data.sources import Source, Subset, file_of
 from proteus.errors import InputError, nearest
 from proteus.transfer import config
 from proteus.transfer.config import Split, TransferConfig
@@ -49,8 +51,19 @@ class Target(NamedTuple):
     classes: list[str]
 
 
-def open_target(cfg: TransferConfig, seed: int) -> Target:
-    """Open the target's splits and choose from them. No image is read.
+def open_splits(cfg: TransferConfig) -> dict[str, Any]:
+    """The splits of the target's set that the task names, whole, by their names; the training split's comes first."""
+    target = cfg.target
+    opened = {target.train.split: _open(cfg, "train", None)}
+    classes = opened[target.train.split].classes
+    for part, split in _held_out(target).items():
+        if split.split not in opened:
+            opened[split.split] = _open(cfg, part, classes)
+    return opened
+
+
+def open_target(cfg: TransferConfig, seed: int, opened: dict[str, Any] | None = None) -> Target:
+    """Choose the task's images from the target's splits, which are opened if they are not given. No image is read.
 
     What is in val and test depends on the set alone, and what of train is labelled on `seed` as well; with one seed, a
     smaller label budget is a part of a larger one. Chosen are so many of each class, or of all classes in proportion.
@@ -59,12 +72,9 @@ def open_target(cfg: TransferConfig, seed: int) -> Target:
     class has no labelled image or is not among the training split's, and where two splits hold the same image.
     """
     target = cfg.target
-    held_out = {part: split for part, split in (("test", target.test), ("val", target.val)) if split is not None}
-    train = _open(cfg, "train", None)
-    opened, classes = {target.train.split: train}, train.classes
-    for part, split in held_out.items():
-        if split.split not in opened:
-            opened[split.split] = _open(cfg, part, classes)
+    opened, held_out = open_splits(cfg) if opened is None else opened, _held_out(target)
+    train = opened[target.train.split]
+    classes = train.classes
     left = {name: np.arange(len(source)) for name, source in opened.items()}
     views: dict[str, Any] = {}
     for part, split in held_out.items():
@@ -79,6 +89,38 @@ def open_target(cfg: TransferConfig, seed: int) -> Target:
         _check_every_class(labelled)
     _check_apart(target, {**views, "train": unlabelled})
     return Target(labelled, views.get("val"), views.get("test"), unlabelled, classes)
+
+
+def check_leaks(source: Source, target: Target) -> None:
+    """InputError where an image to be validated or tested on is in a transfer set as well, as itself or as a link."""
+    held_out: dict[str, str] = {}
+    for split, images in (("val", target.val), ("test", target.test)):
+        for index in range(0 if images is None else len(images)):
+            held_out[real_path(file_of(images, index))] = split
+    for index in range(len(source) if held_out else 0):
+        path = real_path(file_of(source, index))
+        if path in held_out:
+            raise InputError(
+                f"transfer.data holds {file_of(source, index)}, an image of target.{held_out[path]}: "
+                "give images without those that are validated or tested on"
+            )
+
+
+def real_path(name: str) -> str:
+    """Where the file of an image lies, links followed, as fast for many in a folder as for a few."""
+    folder, file = os.path.split(name)
+    path = os.path.join(_real_folder(folder), file)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+@lru_cache(maxsize=2**14)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _held_out(target: config.Target) -> dict[str, Split]:
+    """Test and validation, in the order in which they choose."""
+    return {part: split for part, split in (("test", target.test), ("val", target.val)) if split is not None}
 
 
 def _open(cfg: TransferConfig, part: str, classes: list[str] | None) -> Any:
@@ -176,7 +218,7 @@ def _check_apart(target: config.Target, views: dict[str, Any]) -> None:
     owner: dict[str, str] = {}
     for part, view in views.items():
         for index in range(len(view)):
-            name = view.name(index)
+            name = real_path(file_of(view, index))
             other = owner.get(name)
             if other and splits[other] != splits[part]:
                 raise InputError(

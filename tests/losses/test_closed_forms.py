@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from proteus.losses import IGNORE_LABEL, Projected, Target
 from proteus.losses.contrastive import contrastive_loss
+from proteus.losses.feature import feature_loss, patch_feature_loss
 from proteus.losses.logits import label_ce, logits_kl
 from proteus.models import Features
 
@@ -153,10 +154,11 @@ def contrast_of_a_share(rank, store, student, teacher, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_contrastive_of_two_processes_is_that_of_the_global_batch(tmp_path):
     student, teacher = normal(6, 16, seed=1), normal(6, 16, seed=2)
     arguments = (tmp_path / "store", student, teacher, tmp_path)
-    mp.start_processes(contrast_of_a_share, arguments, nprocs=PROCESSES, start_method="fork")
+    mp.start_processes(contrast_of_a_share, arguments, nprocs=PROCESSES, start_method="spawn")
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
     whole = contrast(student.requires_grad_(True), teacher)
     whole.backward()
@@ -165,3 +167,11 @@ def test_contrastive_of_two_processes_is_that_of_the_global_batch(tmp_path):
         torch.testing.assert_close(gradient / PROCESSES, student.grad[rank::PROCESSES], atol=1e-6, rtol=1e-5)
         alone = contrast(student[rank::PROCESSES], teacher[rank::PROCESSES]).item()
         assert abs(loss.item() - alone) > 0.05  # the other process's tokens are among its keys
+
+
+def test_patch_features_leave_the_class_token_out():
+    patch = normal(2, 3, 4)
+    student = Projected(Features(normal(2, 4), patch, (1, 3)), None)
+    target = Target(Features(normal(2, 4, seed=1), patch + torch.tensor([0.0, 0.0, 0.0, 2.0]), (1, 3)))
+    assert patch_feature_loss(student, target).item() == pytest.approx(1.0)  # 2 ** 2 in one dimension of four
+    assert feature_loss(student, target).item() != pytest.approx(1.0)

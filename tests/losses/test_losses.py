@@ -51,6 +51,11 @@ def slow_feature(student, target):
     return mean((s[b][i][d] - t[b][i][d]) ** 2 for b in range(B) for i in range(1 + N) for d in range(D))
 
 
+def slow_patch_feature(student, target):
+    s, t = student.plain.patch.tolist(), target.features.patch.tolist()
+    return mean((s[b][i][d] - t[b][i][d]) ** 2 for b in range(B) for i in range(N) for d in range(D))
+
+
 def slow_patch(student, target):
     s, t = student.masked.patch.tolist(), target.features.patch.tolist()
     places = [(m, i) for m in range(len(target.mask)) for i in range(N) if target.mask[m, i]]
@@ -82,6 +87,7 @@ def slow_contrastive(student, target):
 SLOW = {
     "token": slow_token,
     "feature": slow_feature,
+    "patch_feature": slow_patch_feature,
     "patch": slow_patch,
     "contrastive": slow_contrastive,
     "logits_kl": slow_logits_kl,

@@ -151,7 +151,7 @@ def test_adapters_of_one_seed_are_the_same():
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_batch_statistics_do_not_see_the_image_that_finds_the_layers():
+def test_adapters_learn_beside_batch_statistics_that_stay():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -165,8 +165,10 @@ def test_batch_statistics_do_not_see_the_image_that_finds_the_layers():
 
     encoder = OpaqueEncoder(Mixed(), name="mixed", mean=(0, 0, 0), std=(1, 1, 1), image_size=SIZE, own=True).train()
     tune(encoder, "lora", RANK)
-    assert encoder.training
+    assert not encoder.train().training
+    encoder(torch.rand(4, 3, SIZE, SIZE))
     assert encoder.network.norm.num_batches_tracked == 0
+    assert torch.equal(encoder.network.norm.running_mean, torch.zeros(8))
     assert hasattr(encoder.network.mix, "lora_A")
     assert not hasattr(encoder.network.unused, "lora_A")
 

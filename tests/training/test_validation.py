@@ -179,3 +179,27 @@ def test_windows_of_the_dense_views_cover_an_image():
     views = square_views(32)
     assert views.window == views.crop == (32, 32)
     assert 0 < views.stride[0] <= 32
+
+
+def test_of_unlabelled_images_the_next_that_can_be_read_is_taken():
+    class Mixed(SceneSource):
+        unlabelled_from = 2
+
+        def load(self, index: int):
+            if index in (1, 3):
+                raise OSError("broken")
+            return super().load(index)
+
+        def target(self, index: int) -> np.ndarray:
+            assert index < 2, "an unlabelled image has no target"
+            return super().target(index)
+
+    views = DenseTrainingSet(Mixed(5, 0, height=32, width=32), 32, seed=0, patches=64)
+    batch = views.batch([Draw(0, 0, 0, False), Draw(3, 0, 1, False), Draw(4, 0, 2, False)])
+    assert batch.bad == [3]
+    assert (batch.labels[0] >= 0).any()
+    assert (batch.labels[1:] == -1).all()
+    same = views.batch([Draw(4, 0, 1, False)])
+    assert torch.equal(batch.images[1], same.images[0])
+    with pytest.raises(InputError, match="scene 0:1 cannot be read"):
+        views.batch([Draw(1, 0, 0, False)])

@@ -105,6 +105,6 @@ def stage(folder: Path) -> dict:
     return json.loads((folder / "stage.json").read_text())
 
 
-def results(directory: Path) -> list[dict]:
-    """The results of a run."""
-    return json.loads((directory / "results.json").read_text())
+def results(directory: Path, name: str = "results") -> list[dict]:
+    """The results of a run, or of the comparison `compare`."""
+    return json.loads((directory / f"{name}.json").read_text())

@@ -28,7 +28,7 @@ def test_compare_all(transfer_here, tmp_path, capsys):
     assert transfer_here(directory="start") == 0
     capsys.readouterr()
     assert transfer_here("--compare=all", f"pretrained={{own: {start}}}") == 0
-    rows = results(tmp_path / "run")
+    rows = results(tmp_path / "run", "compare")
     assert [row["method"] for row in rows if row["seed"] == 1] == ["teacher", *METHODS, "pretrained-own"]
     assert [row["method"] for row in rows if row["seed"] == 2] == ["teacher", *METHODS, "pretrained-own"]
     assert {row["steps"] for row in rows if row["method"] != "teacher"} == {10}
@@ -49,12 +49,12 @@ def test_compare_all(transfer_here, tmp_path, capsys):
             assert row["flops"] == sum(fact["flops"] for fact in facts) + adapted
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table) == 2 + 1 + len(taken)
-    assert "mean ± standard deviation over 2 seeds" in (tmp_path / "run" / "results.md").read_text()
+    assert "mean ± standard deviation over 2 seeds" in (tmp_path / "run" / "compare.md").read_text()
 
 
 def test_some_methods_by_name(transfer_here, tmp_path):
     assert transfer_here("--compare=scratch,agnostic", "run.seeds=1") == 0
-    assert [row["method"] for row in results(tmp_path / "run")] == ["scratch", "agnostic"]
+    assert [row["method"] for row in results(tmp_path / "run", "compare")] == ["scratch", "agnostic"]
 
 
 def test_a_method_runs_the_same_alone_and_among_all(transfer_here, tmp_path):
@@ -68,7 +68,7 @@ def test_a_method_runs_the_same_alone_and_among_all(transfer_here, tmp_path):
 def test_every_method_segments(transfer_here, tmp_path):
     short = [f"{part}.schedule.steps=2" for part in ("adapt", "transfer", "finetune")]
     assert transfer_here("--compare=all", "run.seeds=1", *SEGMENTATION, *short) == 0
-    assert len(results(tmp_path / "run")) == 1 + len(METHODS)
+    assert len(results(tmp_path / "run", "compare")) == 1 + len(METHODS)
 
 
 def test_the_table_gives_mean_and_spread(tiny):
@@ -85,7 +85,8 @@ def test_the_table_gives_mean_and_spread(tiny):
 def test_labelled_images_are_repeated_to_their_share(share, expected):
     digits = DigitsSource("train")
     labelled, unlabelled = Subset(digits, np.array([3, 5, 7, 9])), Unlabelled(digits, np.arange(20))
-    mixed = mix_labels(labelled, unlabelled, share)
+    mixed, real = mix_labels(labelled, unlabelled, share)
+    assert real == expected / len(mixed)
     assert len(mixed) == expected + (20 if share < 1 else 0)
     assert (mixed.labels >= 0).sum() == expected
     assert mixed.labels[:5].tolist() == [*labelled.labels.tolist(), labelled.labels[0]][: min(5, expected)]
@@ -98,8 +99,8 @@ def test_labelled_images_are_repeated_to_their_share(share, expected):
 
 def test_unlabelled_pixels_count_nowhere():
     scenes = SceneSource(6, 0, height=12, width=20)
-    mixed = mix_labels(scenes, Unlabelled(scenes, np.arange(6)), 0.5)
-    assert len(mixed) == 12
+    mixed, _ = mix_labels(scenes, Unlabelled(scenes, np.arange(6)), 0.5)
+    assert (len(mixed), mixed.unlabelled_from) == (12, 6)
     assert (mixed.target(2) == scenes.target(2)).all()
     assert mixed.target(8).shape == (12, 20)
     assert (mixed.target(8) == 255).all()
@@ -153,5 +154,16 @@ def test_a_transfer_set_that_holds_test_images_is_refused(transfer_here, tmp_pat
     target = f"target={{root: {tmp_path / 'set'}, train: {{split: train}}, val: null, test: {{split: test}}}}"
     assert transfer_here(target, f"transfer.data={{root: {tmp_path / 'set'}}}") == 2
     said = capsys.readouterr().err
-    assert f"error: transfer.data holds {tmp_path}/set/test/cat/0.png of target.test" in said
+    assert f"error: transfer.data holds {tmp_path}/set/test/cat/0.png, an image of target.test" in said
+    # Behind a link it is the same image.
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "x.png").symlink_to(tmp_path / "set/test/dog/1.png")
+    assert transfer_here(target, f"transfer.data={{root: {tmp_path / 'links'}}}") == 2
+    assert f"error: transfer.data holds {tmp_path}/links/x.png, an image of target.test" in capsys.readouterr().err
     assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_more_labels_than_their_share_weigh_no_more():
+    digits = DigitsSource("train")
+    _, share = mix_labels(Subset(digits, np.arange(30)), Unlabelled(digits, np.arange(10)), 0.1)
+    assert share == 0.75

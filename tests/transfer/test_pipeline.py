@@ -1,11 +1,13 @@
 """The three stages: what they leave, that they are done once, that they go on, and who is tested on what."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from proteus.config_files import load_config
@@ -70,8 +72,7 @@ def test_what_is_done_is_not_done_again(transfer_here, done, tmp_path, monkeypat
 def test_one_stage_alone_is_done_again_where_its_folder_is_deleted(transfer_here, done, tmp_path, monkeypatch):
     seed = tmp_path / "run" / "seed_1"
     before = _files(seed)
-    for path in sorted((seed / "oriented" / "finetune").rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+    shutil.rmtree(seed / "oriented" / "finetune")
     trained = []
     train = stages.train
     monkeypatch.setattr(stages, "train", lambda cfg, **more: trained.append(cfg.run.dir) or train(cfg, **more))
@@ -109,36 +110,98 @@ def test_a_signal_stops_in_a_stage_and_the_same_command_goes_on(
     assert results(done_once)[1]["test"] == results(tmp_path / "run")[1]["test"]
 
 
-@pytest.mark.parametrize(
-    ("override", "folder", "told"),
-    [
-        ("adapt.optimizer.lr=0.5", "adapt", "optimizer.lr was 0.01 and is 0.5"),
-        ("transfer.temperature=3", "oriented/transfer", "temperature was 1.0 and is 3.0"),
-        ("transfer.schedule.steps=7", "oriented/transfer", "schedule.steps was 6 and is 7"),
-        ("target.train.per_class=4", "adapt", "images was"),
-    ],
-)
+CHANGED = [
+    ("adapt.optimizer.lr=0.5", "adapt", "optimizer.lr was 0.01 and is 0.5"),
+    ("transfer.temperature=3", "oriented/transfer", "temperature was 1.0 and is 3.0"),
+    ("transfer.schedule.steps=7", "oriented/transfer", "schedule.steps was 6 and is 7"),
+    ("finetune.validate_every=1", "oriented/finetune", "validation was"),
+    ("crop=0.5", "adapt", "validation was"),
+    ("target.val.per_class=3", "adapt", "images was"),
+    ("target.train.per_class=4", "adapt", "images was"),
+    ("adapt.batch_size=8", "adapt", "images of a step was 16 and is 8"),
+]
+
+
+@pytest.mark.parametrize(("override", "folder", "told"), CHANGED, ids=[change[0] for change in CHANGED])
 def test_another_setting_of_a_stage_that_is_done_is_refused(
     transfer_here, done, tmp_path, capsys, override, folder, told
 ):
     before = _files(tmp_path)
+    config = (tmp_path / "run" / "config.yaml").read_text()
     capsys.readouterr()
     assert transfer_here(override) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {tmp_path}/run/seed_1/{folder} is done, in another way: {told}")
+    assert said.startswith(f"error: {tmp_path}/run/seed_1/{folder} is done, in another way: ")
+    assert told in said
     assert _files(tmp_path) == before
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
+
+
+def test_another_setting_of_a_stage_that_was_stopped_is_refused(transfer_here, tmp_path, monkeypatch, capsys):
+    from proteus.training import loop
+
+    updates, finite_step = [], loop.finite_step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop,
+            "finite_step",
+            lambda *args: (
+                updates.append(1) or (len(updates) == 12 and os.kill(os.getpid(), signal.SIGINT)) or finite_step(*args)
+            ),
+        )
+        assert transfer_here() == 130
+    assert transfer_here("transfer.temperature=5") == 2
+    assert "oriented/transfer is begun, in another way: temperature was 1.0" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "seed_1" / "adapt")
+    assert transfer_here("adapt.schedule.steps=2") == 2
+    assert "oriented/transfer is begun, in another way: stages before was" in capsys.readouterr().err
+
+
+def test_other_images_under_the_same_names_are_another_transfer_set(transfer_here, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(16):
+            Image.new("RGB", (16, 16), (10 * index, 99 * (name == "b"), 0)).save(tmp_path / name / f"{index}.png")
+    assert transfer_here(f"transfer.data={{root: {tmp_path / 'a'}}}", "transfer.own=false") == 0
+    assert transfer_here(f"transfer.data={{root: {tmp_path / 'b'}}}", "transfer.own=false") == 2
+    assert "oriented/transfer is done, in another way: images was" in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_are_another_start(transfer_here, tmp_path, capsys):
+    assert transfer_here(directory="first") == 0
+    start = tmp_path / "start.safetensors"
+    shutil.copy(tmp_path / "first/seed_1/oriented/transfer/student.safetensors", start)
+    options = ["--compare=pretrained-own", "run.seeds=1", f"pretrained={{own: {start}}}"]
+    assert transfer_here(*options) == 0
+    shutil.copy(tmp_path / "first/seed_1/oriented/finetune/student.safetensors", start)
+    assert transfer_here(*options) == 2
+    assert "pretrained-own is done, in another way: student.checkpoint was 'sha256" in capsys.readouterr().err
 
 
 def test_a_stage_made_anew_puts_those_after_it_out_of_date(transfer_here, done, capsys):
-    adapt = done / "adapt"
-    for path in sorted(adapt.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+    shutil.rmtree(done / "adapt")
     assert transfer_here("adapt.schedule.steps=9") == 2
     assert "oriented/transfer is done, in another way: stages before" in capsys.readouterr().err
 
 
+def test_the_same_stage_made_anew_leaves_those_after_it(transfer_here, done, monkeypatch):
+    shutil.rmtree(done / "adapt")
+    trained = []
+    train = stages.train
+    monkeypatch.setattr(stages, "train", lambda cfg, **more: trained.append(cfg.run.dir) or train(cfg, **more))
+    assert transfer_here() == 0
+    assert trained == [str(done / "adapt")]
+
+
 def test_incidental_settings_may_change(transfer_here, done):
-    assert transfer_here("run.log_every=3", "run.save_every=5", "run.keep=1", "run.workers=1") == 0
+    settings = ["run.log_every=3", "run.save_every=5", "run.keep=1", "run.workers=1", "teacher.download=true"]
+    assert transfer_here(*settings, "adapt.grad_checkpointing=true") == 0
+
+
+def test_a_comparison_and_a_single_run_keep_their_own_results(transfer_here, done, tmp_path):
+    assert transfer_here("--compare=scratch,oriented", "run.seeds=1") == 0
+    assert [row["method"] for row in results(tmp_path / "run")] == ["teacher", "oriented"]
+    assert [row["method"] for row in results(tmp_path / "run", "compare")] == ["scratch", "teacher", "oriented"]
 
 
 def test_the_test_set_is_read_once_after_all_training(transfer_here, tmp_path, monkeypatch):

@@ -38,6 +38,14 @@ CASES = {
     "an unknown set": (["target.set=digit"], "no data set 'digit'; did you mean 'digits'?"),
     "no data root": (["transfer.data={kind: folder}"], "transfer.data.root is not set: transfer.data.root=PATH takes"),
     "an empty transfer set": (["transfer.data={kind: folder, root: EMPTY}"], "no images under"),
+    "labels of the unlabelled": (
+        ["transfer.losses={logits_kl: 1, label_ce: 1}"],
+        "label_ce needs labels, and the trans",
+    ),
+    "labels alone at once": (["single_stage.ce_weight=1"], "single_stage.ce_weight: input should be less than 1"),
+    "a size no patch divides": (["student.image_size=18"], "student: image_size=18:"),
+    "a student of another width": (["pretrained={x: benchmarks/demo/teacher.safetensors}"], "pretrained.x: "),
+    "a file for a folder": (["run.dir=README.md/x"], "run.dir: README.md/x cannot be made: Not a directory"),
     "fp16 on a CPU": (["run.precision=fp16"], "run.precision=fp16 needs a GPU"),
 }
 
@@ -79,7 +87,7 @@ def test_stages_survive_a_later_error(transfer_here, done, capsys):
 
 
 def test_a_damaged_stage_file(transfer_here, done, capsys):
-    (done / "adapt" / "stage.json").write_text('{"identity": {')
+    (done / "adapt" / "stage.json").write_text('{"steps": ')
     assert transfer_here() == 2
     assert "stage.json cannot be read" in _error(capsys)[0]
 

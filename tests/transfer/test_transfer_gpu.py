@@ -25,7 +25,7 @@ def transfer_on_gpu(tiny, tmp_path):
 def test_every_method_in_half_precision(transfer_on_gpu, tmp_path, precision, task):
     overrides = SEGMENTATION if task == "segmentation" else []
     assert transfer_on_gpu("--compare=all", "run.seeds=1", f"run.precision={precision}", *overrides) == 0
-    for row in results(tmp_path / "run"):
+    for row in results(tmp_path / "run", "compare"):
         assert 0 <= row["test"] <= 1
         assert row["flops"] > 0
         state = load_file(f"{row['student']}/student.safetensors")

@@ -31,7 +31,7 @@ def _run(tiny: Path, directory: Path, launcher: tuple[str, ...], batch: int, *ov
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, f"run.dir={directory}", "run.seeds=1", "run.log_every=1", *sizes, *overrides],
+        [*command, f"run.dir={directory}", "run.seeds=1", "run.log_every=1", "run.save_every=1000", *sizes, *overrides],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -62,5 +62,14 @@ def test_two_processes_equal_one(tiny, tmp_path, task):
             assert found == pytest.approx(expected, rel=1e-5), name
         # The contrastive loss has a matrix of its own size, the rest is the same work.
         assert stage(two)["flops"] == pytest.approx(stage(one)["flops"], rel=1e-3)
-    for expected, found in zip(results(tmp_path / "one"), results(tmp_path / "two"), strict=True):
+    for expected, found in zip(results(tmp_path / "one", "compare"), results(tmp_path / "two", "compare"), strict=True):
         assert found["test"] == pytest.approx(expected["test"], abs=5e-3)
+
+
+@pytest.mark.slow
+def test_parts_of_a_teacher_that_its_pixels_do_not_reach(tiny, tmp_path):
+    # Its attention pooling makes the class token, which a head on patches leaves out: processes must not wait for it.
+    name = "teacher.name=timm/vit_base_patch16_siglip_224"
+    arch = "teacher.arch={patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}"
+    _run(tiny, tmp_path / "two", LAUNCH, 8, *SEGMENTATION, name, arch, "teacher.checkpoint=random")
+    assert len(results(tmp_path / "two", "compare")) == 4
