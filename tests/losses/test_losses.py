@@ -144,6 +144,7 @@ def test_the_patch_loss_sees_masked_places_only():
 LEAVES = {
     "token": lambda student: student.plain.cls,
     "feature": lambda student: student.plain.patch,
+    "patch_feature": lambda student: student.plain.patch,
     "patch": lambda student: student.masked.patch,
     "contrastive": lambda student: student.plain.cls,
     "logits_kl": lambda student: student.logits,
