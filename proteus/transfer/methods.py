@@ -169,18 +169,17 @@ def contrastive(lab: Lab) -> list[Outcome]:
 
 
 def scratch(lab: Lab) -> list[Outcome]:
-    """The labels alone, from random weights, with the rates of the transfer stage."""
-    return [
-        lab.train("scratch", lab.cfg.transfer, lab.student, {LABEL_CE: 1.0}, lab.target.train, steps=lab.student_steps)
-    ]
+    """The labels alone, from the student's first weights: the transfer's rates and batch, the fine-tuning's views."""
+    stage = lab.cfg.transfer.model_copy(update={"augment": lab.cfg.finetune.augment})
+    return [lab.train("scratch", stage, lab.student, {LABEL_CE: 1.0}, lab.target.train, steps=lab.student_steps)]
 
 
 def pretrained(lab: Lab, name: str) -> list[Outcome]:
-    """The labels alone, from weights that somebody has pretrained."""
+    """The labels alone, from weights that somebody has pretrained: the fine-tuning's rates, the transfer's batch."""
     student = lab.student.model_copy(update={"checkpoint": lab.cfg.pretrained[name]})
-    stage = lab.cfg.finetune.model_copy(update={"validate_every": lab.cfg.transfer.validate_every})
-    folder = f"pretrained-{name}"
-    return [lab.train(folder, stage, student, {LABEL_CE: 1.0}, lab.target.train, steps=lab.student_steps)]
+    batch = {key: getattr(lab.cfg.transfer, key) for key in ("batch_size", "accumulate", "validate_every")}
+    stage = lab.cfg.finetune.model_copy(update=batch)
+    return [lab.train(f"pretrained-{name}", stage, student, {LABEL_CE: 1.0}, lab.target.train, steps=lab.student_steps)]
 
 
 def single_stage(lab: Lab) -> list[Outcome]:
