@@ -19,9 +19,11 @@ from proteus.config_files import load_config
 from proteus.engine.atomic import write_file
 from proteus.errors import InputError, RunError, Stopped
 from proteus.transfer.config import TransferConfig
+from proteus.transfer.methods import methods_of
 from proteus.transfer.pipeline import TEACHER, Result, check_methods, transfer
 from proteus.transfer.preflight import check_inputs
 from proteus.transfer.report import METRICS
+from proteus.transfer.target import open_target
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,25 +37,48 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not all(word.isdecimal() and int(word) for word in args.per_class.split(",")):
             raise InputError(f"--per-class {args.per_class}: expected numbers above 0, such as 1,2,5")
-        budgets = sorted({int(word) for word in args.per_class.split(",")})
-        methods = list(dict.fromkeys(args.compare.split(",")))
+        configs = {
+            budget: load_config(args.cfg, [*args.override, f"target.train.per_class={budget}"], TransferConfig)
+            for budget in sorted({int(word) for word in args.per_class.split(",")})
+        }
+        cfg = next(iter(configs.values()))
+        words = [word.strip() for word in args.compare.split(",")]
+        methods = list(methods_of(cfg)) if words == ["all"] else list(dict.fromkeys(words))
+        _check(configs, methods)
+        folder = Path(cfg.run.dir or "runs")
         results: dict[int, list[Result]] = {}
-        for budget in budgets:
-            cfg = load_config(args.cfg, [*args.override, f"target.train.per_class={budget}"], TransferConfig)
-            check_methods(cfg, methods)
-            check_inputs(cfg)
-            folder = Path(cfg.run.dir or "runs")
+        for budget, cfg in configs.items():
             cfg.run.dir = str(folder / f"per_class_{budget}")
             results[budget] = transfer(cfg, methods, list(range(cfg.run.seed, cfg.run.seed + cfg.run.seeds)))
     except (InputError, RunError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except Stopped as stop:
         return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what is done", file=sys.stderr)
+        return 130
     print(budget_table(results))
     write_file(folder / "label_curve.png", lambda path: draw_curve(results, METRICS[cfg.task], path))
     print(f"picture: {folder / 'label_curve.png'}")
     return 0
+
+
+def _check(configs: dict[int, TransferConfig], methods: list[str]) -> None:
+    """InputError where a budget cannot be compared with the others, before anything is trained."""
+    labelled = 0
+    for budget, cfg in configs.items():
+        if cfg.task != "classification" or cfg.target.test is None:
+            raise InputError("a curve over labels of each class needs task=classification and a target.test")
+        check_methods(cfg, methods)
+        check_inputs(cfg)
+        found = len(open_target(cfg, cfg.run.seed).train)
+        if found == labelled:
+            raise InputError(f"--per-class {budget}: there are no more than {found} labelled images, as with fewer")
+        labelled = found
 
 
 def curves(results: dict[int, list[Result]]) -> dict[str, dict[int, list[float]]]:

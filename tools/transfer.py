@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         from proteus.transfer.target import open_target
 
         methods = ["oriented"]
-        if args.compare:
-            methods = list(methods_of(cfg)) if args.compare == "all" else list(dict.fromkeys(args.compare.split(",")))
+        if args.compare is not None:
+            words = [word.strip() for word in args.compare.split(",")]
+            methods = list(methods_of(cfg)) if words == ["all"] else list(dict.fromkeys(words))
         check_methods(cfg, methods)
         if args.write_splits:
             for name, count in write_splits(open_target(cfg, cfg.run.seed), args.write_splits).items():
@@ -59,8 +60,14 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        print(f"error: {error.filename or cfg.run.dir}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except Stopped as stop:
         return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what is done", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -221,6 +221,7 @@ def _validate(
     assert validation is not None
     score, best = keep_best(validation, task, progress)
     board.write({"step": progress.step, "score": score, "best": progress.best_score}, prefix="validation")
+    board.say(f"validation at step {progress.step}: {score:.4f}" + (", the best so far" if best else ""))
     if best and accelerator.is_main_process:
         write_student(task, classes, directory)
     board.restart_clock()

@@ -24,6 +24,8 @@ from proteus.config import (
     Teacher,
 )
 
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+
 
 class Split(Section):
     """Labelled images: a split of the target's set, or a seeded choice from it.
@@ -83,7 +85,7 @@ class Transfer(Stage):
     """The student learns from the teacher on unlabelled images."""
 
     losses: dict[str, NonNegative] = {"logits_kl": 1.0}  # losses on features may be added to that on predictions
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=1000)] = 1.0
     data: Sources | None = None  # unlabelled images beside the target's own
     own: Flag = True  # the target's training images belong to the transfer set, without their labels
     max_bad_share: Probability = 0.01  # it stops when more than this share of the files ...
@@ -101,7 +103,7 @@ class SingleStage(Section):
 class TransferRun(RunBase):
     """The run; its seed decides the choice of labels, the weights, and the order of the data."""
 
-    seeds: Positive = 3  # that --compare runs, from `seed` on
+    seeds: Annotated[int, Field(gt=0, le=1000)] = 3  # that --compare runs, from `seed` on
     keep: Positive = 1
     workers: Annotated[int, Field(ge=0)] = 8
 
@@ -114,7 +116,7 @@ class TransferConfig(Section):
     crop: Share = 0.875  # centre crop at validation and test: image_size / crop is the short side it is cut from
     teacher: Teacher
     student: Student
-    pretrained: dict[str, str] = {}  # name: file of the student's weights; a baseline each for --compare
+    pretrained: dict[FolderName, str] = {}  # name: file of the student's weights; a baseline each for --compare
     target: Target
     adapt: Adapt
     transfer: Transfer

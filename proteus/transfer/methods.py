@@ -21,6 +21,7 @@ from proteus.transfer.stages import Judge, Outcome, run_stage
 from proteus.transfer.target import Target
 
 EVAL_BATCH = 64
+ADAPT = "adapt"  # the folder of the stage that trains the teacher
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Lab:
                 augment=stage.augment,
                 workers=cfg.run.workers,
                 max_bad_share=cfg.transfer.max_bad_share,
-                max_bad_files=cfg.transfer.max_bad_files,
+                max_bad_files=1 if LABEL_CE in losses and teacher is None else cfg.transfer.max_bad_files,
             ),
             optimizer=stage.optimizer,
             schedule=schedule,
@@ -122,7 +123,7 @@ class Lab:
             grad_checkpointing=cfg.adapt.grad_checkpointing,
             arch=teacher.arch,
         )
-        outcome = self.train("adapt", cfg.adapt, learner, {LABEL_CE: 1.0}, self.target.train)
+        outcome = self.train(ADAPT, cfg.adapt, learner, {LABEL_CE: 1.0}, self.target.train)
         return outcome, teacher.model_copy(update={"checkpoint": outcome.student, "head": outcome.head})
 
     def transfer(
@@ -141,7 +142,7 @@ class Lab:
 
     def finetune(self, method: str, before: Outcome) -> Outcome:
         """Stage 3: the student learns from the few labels."""
-        head = before.head if Path(before.head).is_file() else None
+        head = before.head if Path(before.head).is_file() else None  # an agnostic transfer has none
         student = self.student.model_copy(update={"checkpoint": before.student, "head": head})
         return self.train(
             f"{method}/finetune", self.cfg.finetune, student, {LABEL_CE: 1.0}, self.target.train, after=(before,)

@@ -17,7 +17,7 @@ from proteus.errors import InputError
 from proteus.evaluation.extract import fingerprint
 from proteus.training.resize import resize_images
 from proteus.transfer.config import TransferConfig
-from proteus.transfer.methods import Lab, methods_of
+from proteus.transfer.methods import ADAPT, Lab, methods_of
 from proteus.transfer.model import load_task_model
 from proteus.transfer.report import compare_table
 from proteus.transfer.scores import task_score
@@ -73,8 +73,8 @@ def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[
             _say(f"seed {seed}: {known[name].title}")
             outcomes = known[name].run(lab)
             if known[name].adapts and not any(r.method == TEACHER and r.seed == seed for r in results):
-                results.append(_result(lab, TEACHER, "the adapted teacher", outcomes[:1], 0))
-            results.append(_result(lab, name, known[name].title, outcomes, lab.student_steps))
+                results.append(_result(lab, TEACHER, "the adapted teacher", outcomes[:1]))
+            results.append(_result(lab, name, known[name].title, outcomes))
             tested = "" if results[-1].test is None else f", test {results[-1].test:.1%}"
             _say(f"seed {seed}: {known[name].title}: {results[-1].student}{tested}")
     if state.is_main_process:
@@ -93,11 +93,12 @@ def check_methods(cfg: TransferConfig, names: list[str]) -> None:
         raise InputError("--compare: methods are compared on the test set, and target.test is not given")
 
 
-def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome], steps: int) -> Result:
+def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome]) -> Result:
     """A method's last stage, and its score on the test set, which the same weights get once."""
     last = outcomes[-1]
     test = None if lab.target.test is None else _test_score(lab, method, last)
     flops = sum(outcome.flops for outcome in outcomes)
+    steps = sum(outcome.steps for outcome in outcomes if outcome.folder.name != ADAPT)
     return Result(method, title, lab.seed, test, last.score, steps, flops, str(last.folder))
 
 
@@ -126,7 +127,8 @@ def _scored(path: Path, identity: str) -> float | None:
         facts = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return facts["test"] if facts.get("identity") == identity else None
+    same = isinstance(facts, dict) and facts.get("identity") == identity
+    return facts["test"] if same and isinstance(facts.get("test"), float) else None
 
 
 def _write(directory: Path, name: str, cfg: TransferConfig, results: list[Result]) -> None:

@@ -1,5 +1,6 @@
 """What a model of the task is worth on labelled images: accuracy, or mean intersection over union."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -63,4 +64,7 @@ def mean_iou(predict: Predict, source: DenseSource, view: View) -> float:
         workers=view.workers,
         progress=False,
     )
-    return metric.compute().miou
+    score = metric.compute().miou
+    if math.isnan(score):
+        raise InputError(f"no pixel of the {len(source)} images from {source.name(0)} on counts: every one is ignored")
+    return score

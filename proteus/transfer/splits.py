@@ -1,5 +1,6 @@
 """The target's images as folders: what `tools/retrieve.py` takes for queries, and what it must not retrieve."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ def write_splits(target: Target, folder: Path) -> dict[str, int]:
     if folder.exists():
         raise InputError(f"--write-splits {folder}: is there already; give a new folder")
     parts = {"labelled": target.train, "val": target.val, "test": target.test}
+    for name in target.classes:
+        if name.startswith(".") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200:
+            raise InputError(f"--write-splits: class {name!r} cannot be the name of a folder")
     present = {name: source for name, source in parts.items() if source is not None}
 
     def fill(pending: Path) -> None:
@@ -36,6 +40,6 @@ def _link(source: Source | DenseSource, folder: Path) -> None:
         path = Path(source.name(index))
         if not path.is_file():
             raise InputError(f"--write-splits: {source.name(index)} is no file that a link could lead to")
-        inside = folder if labels is None else folder / source.classes[labels[index]].replace("/", "_")
+        inside = folder if labels is None else folder / source.classes[labels[index]]
         inside.mkdir(parents=True, exist_ok=True)
         (inside / f"{index:0{digits}d}_{path.name}").symlink_to(path.resolve())

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ from proteus.config_files import flat_keys
 from proteus.data.dense import DenseSource
 from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
-from proteus.errors import InputError, Stopped
+from proteus.errors import InputError, RunError, Stopped
 from proteus.evaluation.extract import fingerprint
 from proteus.training.loop import train
 from proteus.training.state import Progress, list_checkpoints, read_progress
@@ -24,6 +25,7 @@ from proteus.training.task import Distillation
 from proteus.training.validation import Validation
 
 BEGUN, DONE = "identity.json", "stage.json"
+FILES = ("student.safetensors", "head.safetensors")
 # Keys that may change between two runs of a stage without making it another one.
 INCIDENTAL = {
     "run.dir",
@@ -48,11 +50,13 @@ class Outcome:
     """What a stage has come to.
 
     folder: holds student.safetensors and head.safetensors.
-    flops:  of all updates on all processes, forward and backward, its teacher's among them.
+    steps:  updates it took.
+    flops:  of all of them on all processes, forward and backward, its teacher's among them.
     score:  on the validation set, of the step that was kept; None without such a set.
     """
 
     folder: Path
+    steps: int
     flops: int
     score: float | None
 
@@ -63,6 +67,13 @@ class Outcome:
     @property
     def head(self) -> str:
         return str(self.folder / "head.safetensors")
+
+
+CHANGED = {  # what is known by a hash, in words
+    "images": "it learns from have changed (which they are, their files' paths, sizes or times, or their labels)",
+    "validation": "images, crop or interval have changed",
+    "stages before": "have been done in another way",
+}
 
 
 class Judge(NamedTuple):
@@ -90,22 +101,28 @@ def run_stage(
     identity = _identity(cfg, source, judge, after)
     begun, done = folder / BEGUN, folder / DONE
     if begun.is_file():
-        _check_same(_read(begun), identity, folder, done.is_file())
+        _check_same(_read(begun, ()), identity, folder, done.is_file())
     elif state.is_main_process:
         make_folder(folder)
         write_file(begun, lambda path: path.write_text(json.dumps(identity, indent=1)))
     state.wait_for_everyone()
     if not done.is_file():
+        if state.is_main_process:
+            print(f"stage {folder}", file=sys.stderr, flush=True)
         validation = Validation(judge.score, judge.every) if judge else None
         signum = train(cfg, source=source, validation=validation, measure_flops=True)
         if signum:
             raise Stopped(signum)
         if state.is_main_process:  # who wrote the last checkpoint
-            facts = _facts(read_progress(list_checkpoints(folder / "checkpoints")[-1]))
+            facts = _facts(folder, read_progress(list_checkpoints(folder / "checkpoints")[-1]))
             write_file(done, lambda path: path.write_text(json.dumps(facts, indent=1)))
         state.wait_for_everyone()
-    facts = _read(done)
-    return Outcome(folder, facts["flops"], facts["score"])
+    facts = _read(done, ("steps", "flops", "score", "files"))
+    for name, digest in facts["files"].items():
+        path = folder / name
+        if not path.is_file() or _hash_of(str(path), os.stat(path).st_mtime_ns) != digest:
+            raise InputError(f"{path} is not what the stage left: delete {folder}, and the stage is done again")
+    return Outcome(folder, facts["steps"], facts["flops"], facts["score"])
 
 
 def make_folder(folder: Path) -> None:
@@ -116,8 +133,17 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"run.dir: {folder} cannot be made: {error.strerror or error}") from None
 
 
-def _facts(progress: Progress) -> dict[str, Any]:
+def _facts(folder: Path, progress: Progress) -> dict[str, Any]:
+    if 2 * len(progress.skipped_steps) > progress.step:
+        raise RunError(
+            f"{folder}: {len(progress.skipped_steps)} of {progress.step} steps had a gradient that was not finite and "
+            "were left out: nothing was learnt; lower its optimizer.lr or set its clip_grad, in another run.dir"
+        )
+    names = [name for name in FILES if (folder / name).is_file()]
+    if FILES[0] not in names:
+        raise RunError(f"{folder / FILES[0]} has been taken away: delete {folder}, and the stage is done again")
     return {
+        "files": {name: _hash_of(str(folder / name), os.stat(folder / name).st_mtime_ns) for name in names},
         "steps": progress.step,
         "flops": progress.step * progress.flops_per_step,
         "score": progress.best_score,
@@ -125,9 +151,12 @@ def _facts(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _read(done: Path) -> dict[str, Any]:
+def _read(done: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
-        return json.loads(done.read_text())
+        facts = json.loads(done.read_text())
+        if not isinstance(facts, dict) or any(key not in facts for key in keys):
+            raise ValueError("not what a stage writes")
+        return facts
     except (OSError, ValueError) as error:
         raise InputError(
             f"{done} cannot be read ({error}): delete {done.parent}, and the stage is done again"
@@ -168,6 +197,9 @@ def _hash_of(path: str, changed: int) -> str:
 def _check_same(then: dict[str, Any], now: dict[str, Any], folder: Path, done: bool) -> None:
     changed = [key for key in (then | now) if then.get(key) != now.get(key)]
     if changed:
-        told = "; ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed[:3])
+        told = "; ".join(
+            f"{key} {CHANGED[key]}" if key in CHANGED else f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+            for key in changed[:3]
+        )
         state = "done" if done else "begun"
         raise InputError(f"{folder} is {state}, in another way: {told}; give another run.dir, or delete that folder")

@@ -135,6 +135,13 @@ def _open(cfg: TransferConfig, part: str, classes: list[str] | None) -> Any:
     except InputError as error:
         hint = "; target.root=PATH names it" if target.root is None and "needs the folder" in str(error) else ""
         raise InputError(f"target.{part}: {error}{hint}") from None
+    for name in source.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"target.{part}: class {name!r} is not named in UTF-8: rename it, or save the file so"
+            ) from None
     dense = hasattr(source, "target")
     if cfg.task == "segmentation" and not (dense and source.classes):
         raise InputError(

@@ -1,4 +1,4 @@
-"""The curve over label budgets: what it tables, what it draws, that runs are reused."""
+"""The curve over label budgets: what it tables, what it draws, what it refuses."""
 
 from pathlib import Path
 
@@ -34,3 +34,12 @@ def test_the_picture_has_a_line_a_method(tmp_path: Path):
 def test_bad_budgets_are_one_line(capsys):
     assert main(["--cfg=transfer/digits.yaml", "--per-class=0,5"]) == 2
     assert capsys.readouterr().err == "error: --per-class 0,5: expected numbers above 0, such as 1,2,5\n"
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_trained(capsys, tmp_path):
+    digits = ["--cfg=transfer/digits.yaml", f"run.dir={tmp_path / 'run'}"]
+    assert main([*digits, "--per-class=200,1000"]) == 2
+    assert "--per-class 1000: there are no more than" in capsys.readouterr().err
+    assert main([*digits, "--per-class=1", "target.test=null"]) == 2
+    assert "needs task=classification and a target.test" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "per_class_200").exists()

@@ -114,10 +114,10 @@ CHANGED = [
     ("adapt.optimizer.lr=0.5", "adapt", "optimizer.lr was 0.01 and is 0.5"),
     ("transfer.temperature=3", "oriented/transfer", "temperature was 1.0 and is 3.0"),
     ("transfer.schedule.steps=7", "oriented/transfer", "schedule.steps was 6 and is 7"),
-    ("finetune.validate_every=1", "oriented/finetune", "validation was"),
-    ("crop=0.5", "adapt", "validation was"),
-    ("target.val.per_class=3", "adapt", "images was"),
-    ("target.train.per_class=4", "adapt", "images was"),
+    ("finetune.validate_every=1", "oriented/finetune", "validation images, crop or interval have changed"),
+    ("crop=0.5", "adapt", "validation images, crop or interval have changed"),
+    ("target.val.per_class=3", "adapt", "images it learns from have changed"),
+    ("target.train.per_class=4", "adapt", "images it learns from have changed"),
     ("adapt.batch_size=8", "adapt", "images of a step was 16 and is 8"),
 ]
 
@@ -154,7 +154,7 @@ def test_another_setting_of_a_stage_that_was_stopped_is_refused(transfer_here, t
     assert "oriented/transfer is begun, in another way: temperature was 1.0" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "seed_1" / "adapt")
     assert transfer_here("adapt.schedule.steps=2") == 2
-    assert "oriented/transfer is begun, in another way: stages before was" in capsys.readouterr().err
+    assert "oriented/transfer is begun, in another way: stages before have been done" in capsys.readouterr().err
 
 
 def test_other_images_under_the_same_names_are_another_transfer_set(transfer_here, tmp_path, capsys):
@@ -164,7 +164,7 @@ def test_other_images_under_the_same_names_are_another_transfer_set(transfer_her
             Image.new("RGB", (16, 16), (10 * index, 99 * (name == "b"), 0)).save(tmp_path / name / f"{index}.png")
     assert transfer_here(f"transfer.data={{root: {tmp_path / 'a'}}}", "transfer.own=false") == 0
     assert transfer_here(f"transfer.data={{root: {tmp_path / 'b'}}}", "transfer.own=false") == 2
-    assert "oriented/transfer is done, in another way: images was" in capsys.readouterr().err
+    assert "oriented/transfer is done, in another way: images it learns" in capsys.readouterr().err
 
 
 def test_other_weights_under_the_same_name_are_another_start(transfer_here, tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_other_weights_under_the_same_name_are_another_start(transfer_here, tmp_
 def test_a_stage_made_anew_puts_those_after_it_out_of_date(transfer_here, done, capsys):
     shutil.rmtree(done / "adapt")
     assert transfer_here("adapt.schedule.steps=9") == 2
-    assert "oriented/transfer is done, in another way: stages before" in capsys.readouterr().err
+    assert "oriented/transfer is done, in another way: stages before have" in capsys.readouterr().err
 
 
 def test_the_same_stage_made_anew_leaves_those_after_it(transfer_here, done, monkeypatch):

@@ -41,3 +41,12 @@ def test_what_cannot_be_linked(transfer_here, tmp_path, capsys, target):
     (tmp_path / "splits").mkdir()
     assert transfer_here(target, f"--write-splits={tmp_path / 'splits'}") == 2
     assert "is there already; give a new folder" in capsys.readouterr().err
+
+
+def test_a_class_that_cannot_be_a_folder(transfer_here, tmp_path, capsys, target):
+    (tmp_path / "labels.csv").write_text("cat/0.png,..\ncat/1.png,b\n")
+    splits = f"train: {{split: {tmp_path / 'labels.csv'}}}"
+    listed = f"target={{set: listed, root: {tmp_path / 'set'}, {splits}}}"
+    assert transfer_here(listed, f"--write-splits={tmp_path / 'splits'}") == 2
+    assert "class '..' cannot be the name of a folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*splits*"))

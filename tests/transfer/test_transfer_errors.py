@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -46,6 +47,8 @@ CASES = {
     "a size no patch divides": (["student.image_size=18"], "student: image_size=18:"),
     "a student of another width": (["pretrained={x: benchmarks/demo/teacher.safetensors}"], "pretrained.x: "),
     "a file for a folder": (["run.dir=README.md/x"], "run.dir: README.md/x cannot be made: Not a directory"),
+    "a name that is no folder's": (["pretrained={../x: a.pth}"], "tiny.yaml: pretrained"),
+    "no method": (["--compare="], "--compare : no such method"),
     "fp16 on a CPU": (["run.precision=fp16"], "run.precision=fp16 needs a GPU"),
 }
 
@@ -90,6 +93,86 @@ def test_a_damaged_stage_file(transfer_here, done, capsys):
     (done / "adapt" / "stage.json").write_text('{"steps": ')
     assert transfer_here() == 2
     assert "stage.json cannot be read" in _error(capsys)[0]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"steps": 3}'])
+def test_a_stage_file_of_another_form(transfer_here, done, capsys, text):
+    (done / "adapt" / "stage.json").write_text(text)
+    assert transfer_here() == 2
+    assert "delete" in _error(capsys)[0]
+
+
+@pytest.mark.parametrize("change", ["gone", "other"])
+@pytest.mark.parametrize("file", ["student.safetensors", "head.safetensors"])
+def test_outputs_that_are_not_what_the_stage_left(transfer_here, done, capsys, file, change):
+    path = done / "oriented" / "transfer" / file
+    content = path.read_bytes()
+    path.unlink()
+    if change == "other":
+        path.write_bytes(content[:-4] + bytes(4))
+    shutil.rmtree(done / "oriented" / "finetune")
+    assert transfer_here() == 2
+    assert f"{path} is not what the stage left: delete {path.parent}" in _error(capsys)[0]
+
+
+def test_a_damaged_test_score_is_measured_again(transfer_here, done, tmp_path):
+    path = done / "adapt" / "test.json"
+    for text in ("[]", '{"identity": 3}', '{"identity": "x", "test": "good"}', "{"):
+        path.write_text(text)
+        assert transfer_here() == 0
+    assert json.loads(path.read_text())["test"] == json.loads((tmp_path / "run/results.json").read_text())[0]["test"]
+
+
+def test_a_stage_that_learns_nothing_is_an_error(transfer_here, tmp_path, capsys):
+    assert transfer_here("transfer.losses.logits_kl=1e300") == 1
+    (said,) = _error(capsys)
+    assert "6 of 6 steps had a gradient that was not finite" in said
+    assert not (tmp_path / "run/seed_1/oriented/transfer/stage.json").exists()
+
+
+def test_a_labelled_image_that_cannot_be_read_stops_the_stage(transfer_here, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (16, 16), (60 * index, 99, 0)).save(tmp_path / "set" / name / f"{index}.png")
+    (tmp_path / "set" / "dog" / "2.png").write_bytes(b"no image")
+    assert transfer_here(f"target={{root: {tmp_path / 'set'}, train: {{split: '.'}}}}") == 2
+    assert "1 of 8 images cannot be read" in _error(capsys)[0]
+
+
+def test_pixels_that_are_all_ignored_have_no_score(transfer_here, tmp_path, capsys):
+    for part, value in (("train", 1), ("val", 255)):
+        for kind in ("images", "masks"):
+            (tmp_path / part / kind).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (32, 32), (80 * index, 9, 9)).save(tmp_path / part / "images" / f"{index}.png")
+            Image.new("L", (32, 32), value).save(tmp_path / part / "masks" / f"{index}.png")
+    options = "set: folder-segmentation, options: {classes: [a, b]}"
+    splits = f"root: {tmp_path}, train: {{split: train}}, val: {{split: val}}"
+    assert transfer_here("task=segmentation", "image_size=32", f"target={{{options}, {splits}}}") == 2
+    assert "no pixel of the 3 images from" in _error(capsys)[0]
+
+
+def test_a_full_or_broken_disk_is_one_line(transfer_here, capsys, monkeypatch):
+    from proteus.transfer import pipeline
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "results.json")
+
+    monkeypatch.setattr(pipeline, "open_splits", full)
+    assert transfer_here() == 1
+    assert _error(capsys) == ["error: results.json: No space left on device"]
+
+
+def test_an_interrupt_between_stages_is_one_line(transfer_here, capsys, monkeypatch):
+    from proteus.transfer import pipeline
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "open_splits", interrupted)
+    assert transfer_here() == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_an_unreadable_test_image_leaves_what_is_trained(transfer_here, tmp_path, capsys):

@@ -63,12 +63,12 @@ def check(request: Request) -> None:
         ("--batch-size", request.batch_size, 1),
         ("--workers", request.workers, 0),
         ("--seed", request.seed, 0),
-        ("--image-size", request.image_size or 1, 1),
+        ("--image-size", 1 if request.image_size is None else request.image_size, 1),
     ):
         if value < least:
             raise InputError(f"{option} {value}: a number from {least} on")
-    if not 0 < request.crop <= 1:
-        raise InputError(f"--crop {request.crop}: a share of the side above 0, up to 1")
+    if not 0.05 <= request.crop <= 1:
+        raise InputError(f"--crop {request.crop}: a share of the short side from 0.05 to 1")
     if not 0 < request.near_duplicate <= 0.999:
         raise InputError(
             f"--near-duplicate {request.near_duplicate}: a cosine above 0, up to 0.999; above that half precision "
