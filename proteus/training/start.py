@@ -143,14 +143,17 @@ def build_classifier(
     heads = [teacher for teacher in teachers if teacher.head]
     classes = next((teacher.classes for teacher in heads if teacher.classes), []) or list(source.classes)
     count = _count_classes(cfg, source, teachers)
+    classes = classes if len(classes) == count else []
     if cfg.student.head:
         head, named = read_head(cfg.student.head, student.embed_dim, "student.head")
         if head.num_classes != count:
             raise InputError(f"student.head={cfg.student.head} has {head.num_classes} classes, the task {count}")
+        if getattr(head, "with_patches", False):
+            raise InputError(f"student.head={cfg.student.head} reads the mean patch token too: give one of a run's own")
         return head.requires_grad_(True), named or classes
     pixels = isinstance(heads[0].head, PixelClassifier) if heads else is_dense(source)
     head = build_head(student.embed_dim, count, "pixel" if pixels else "class", cfg.head_mix)
-    return head, classes if len(classes) == count else []
+    return head, classes
 
 
 def build_dataset(cfg: Config, source: Source | DenseSource, crop: int, patches: int) -> TrainingSet | DenseTrainingSet:

@@ -115,6 +115,12 @@ def test_a_head_for_other_classes_is_refused(labelled, tmp_path):
         train(labelled(f"student.head={tmp_path}/run/head.safetensors", directory="next"), source=few)
 
 
+def test_a_head_on_patches_as_well_is_no_student_s(labelled, tmp_path):
+    torch.save({"weight": torch.zeros(10, 32), "bias": torch.zeros(10)}, tmp_path / "wide.pth")
+    with pytest.raises(InputError, match="reads the mean patch token too"):
+        train(labelled(f"student.head={tmp_path / 'wide.pth'}"))
+
+
 def test_a_run_without_losses_on_logits_leaves_no_head(run_here, tmp_path):
     assert run_here("schedule.steps=1") == 0
     assert (tmp_path / "run" / "student.safetensors").is_file()
