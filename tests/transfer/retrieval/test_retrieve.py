@@ -178,7 +178,7 @@ BAD = [
     ({"per_query": 11}, "--gallery holds 40 images, too few for 11 to each of 4 queries (44): lower --per-query"),
     ({"batch_size": 0}, "--batch-size 0: a number from 1 on"),
     ({"workers": -1}, "--workers -1: a number from 0 on"),
-    ({"crop": 1.5}, "--crop 1.5: a share of the side"),
+    ({"crop": 1.5}, "--crop 1.5: a share of the short side"),
     ({"near_duplicate": 1}, "--near-duplicate 1.0: a cosine above 0, up to 0.999"),
     ({"selection": "best"}, "--selection best: one of balanced, agnostic, random"),
     ({"image_size": 17}, "--image-size 17: "),
