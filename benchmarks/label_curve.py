@@ -19,8 +19,7 @@ from proteus.config_files import load_config
 from proteus.engine.atomic import write_file
 from proteus.errors import InputError, RunError, Stopped
 from proteus.transfer.config import TransferConfig
-from proteus.transfer.methods import methods_of
-from proteus.transfer.pipeline import TEACHER, Result, check_methods, transfer
+from proteus.transfer.pipeline import TEACHER, Result, choose_methods, transfer
 from proteus.transfer.preflight import check_inputs
 from proteus.transfer.report import METRICS
 from proteus.transfer.target import open_target
@@ -42,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             for budget in sorted({int(word) for word in args.per_class.split(",")})
         }
         cfg = next(iter(configs.values()))
-        words = [word.strip() for word in args.compare.split(",")]
-        methods = list(methods_of(cfg)) if words == ["all"] else list(dict.fromkeys(words))
-        _check(configs, methods)
+        _check(configs)
+        methods = choose_methods(cfg, args.compare)
         folder = Path(cfg.run.dir or "runs")
         results: dict[int, list[Result]] = {}
         for budget, cfg in configs.items():
@@ -67,13 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check(configs: dict[int, TransferConfig], methods: list[str]) -> None:
+def _check(configs: dict[int, TransferConfig]) -> None:
     """InputError where a budget cannot be compared with the others, before anything is trained."""
     labelled = 0
     for budget, cfg in configs.items():
         if cfg.task != "classification" or cfg.target.test is None:
             raise InputError("a curve over labels of each class needs task=classification and a target.test")
-        check_methods(cfg, methods)
         check_inputs(cfg)
         found = len(open_target(cfg, cfg.run.seed).train)
         if found == labelled:

@@ -36,17 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         # Importing torch takes seconds: what is wrong with the config is said before.
         from accelerate import PartialState
 
-        from proteus.transfer.methods import methods_of
-        from proteus.transfer.pipeline import check_methods, transfer
+        from proteus.transfer.pipeline import choose_methods, transfer
         from proteus.transfer.preflight import check_inputs
         from proteus.transfer.splits import write_splits
         from proteus.transfer.target import open_target
 
-        methods = ["oriented"]
-        if args.compare is not None:
-            words = [word.strip() for word in args.compare.split(",")]
-            methods = list(methods_of(cfg)) if words == ["all"] else list(dict.fromkeys(words))
-        check_methods(cfg, methods)
+        methods = choose_methods(cfg, "oriented" if args.compare is None else args.compare)
         if args.write_splits:
             for name, count in write_splits(open_target(cfg, cfg.run.seed), args.write_splits).items():
                 print(f"{args.write_splits / name}: {count} images")

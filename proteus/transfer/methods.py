@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from PIL import Image
 
 from proteus.config import LABEL_CE, Config, Data, Ema, Probe, Run, RunBase, Student, Teacher
 from proteus.data.dense import IGNORE, DenseSource, is_dense
-from proteus.data.sources import Merged, Source, Subset, file_of
+from proteus.data.sources import Merged, Source, Subset
 from proteus.evaluation.extract import View, fingerprint
 from proteus.losses.logits import IGNORE_LABEL
 from proteus.training.teacher import RANDOM, find_weights
 from proteus.transfer.config import Stage, TransferConfig
 from proteus.transfer.scores import task_score
 from proteus.transfer.stages import Judge, Outcome, run_stage
-from proteus.transfer.target import Target
+from proteus.transfer.target import DenseSubset, Target
 
 EVAL_BATCH = 64
 ADAPT = "adapt"  # the folder of the stage that trains the teacher
@@ -233,7 +232,7 @@ def mix_labels(labelled: Source | DenseSource, unlabelled: Source, share: float)
     if share == 1:
         many = 0
     if is_dense(labelled):
-        return MixedPixels(labelled, again, unlabelled if many else None), len(again) / (len(again) + many)
+        return MixedPixels(DenseSubset(labelled, again), unlabelled if many else None), len(again) / (len(again) + many)
     repeated = Subset(labelled, again)  # type: ignore[arg-type]
     assert repeated.labels is not None
     mixed = Merged([repeated, unlabelled] if many else [repeated])
@@ -242,39 +241,19 @@ def mix_labels(labelled: Source | DenseSource, unlabelled: Source, share: float)
     return mixed, len(again) / (len(again) + many)
 
 
-class MixedPixels:
+class MixedPixels(Merged):
     """Images with a class for every pixel, then unlabelled ones, whose pixels count nowhere.
 
     unlabelled_from: the number of the first of those.
     """
 
-    def __init__(self, labelled: DenseSource, again: np.ndarray, unlabelled: Source | None):
-        self.labelled, self.again, self.unlabelled = labelled, again, unlabelled
-        self.classes, self.unlabelled_from = labelled.classes, len(again)
-
-    def __len__(self) -> int:
-        return len(self.again) + (0 if self.unlabelled is None else len(self.unlabelled))
-
-    def _place(self, index: int) -> tuple[Source | DenseSource, int]:
-        if index < len(self.again):
-            return self.labelled, int(self.again[index])
-        assert self.unlabelled is not None
-        return self.unlabelled, index - len(self.again)
-
-    def load(self, index: int) -> Image.Image:
-        source, place = self._place(index)
-        return source.load(place)
+    def __init__(self, labelled: DenseSubset, unlabelled: Source | None):
+        super().__init__([labelled] if unlabelled is None else [labelled, unlabelled])
+        self.classes, self.unlabelled_from = labelled.classes, len(labelled)
 
     def target(self, index: int) -> np.ndarray:
-        if index < len(self.again):
-            return self.labelled.target(int(self.again[index]))
-        width, height = self.load(index).size
+        source, local = self._place(index)
+        if is_dense(source):
+            return source.target(local)
+        width, height = source.load(local).size
         return np.full((height, width), IGNORE, dtype=np.uint8)
-
-    def name(self, index: int) -> str:
-        source, place = self._place(index)
-        return source.name(place)
-
-    def file(self, index: int) -> str:
-        """As `file_of` the source that it is from."""
-        return file_of(*self._place(index))

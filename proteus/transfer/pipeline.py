@@ -1,6 +1,5 @@
 """From a config to small models and what they are worth: every method, every seed, one table."""
 
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -83,14 +82,20 @@ def transfer(cfg: TransferConfig, methods: list[str], seeds: list[int]) -> list[
     return results
 
 
-def check_methods(cfg: TransferConfig, names: list[str]) -> None:
-    """InputError for an unknown method, or where there is nothing to compare several on."""
+def choose_methods(cfg: TransferConfig, words: str) -> list[str]:
+    """The methods that --compare names, each once: all, or some with commas between them.
+
+    InputError for an unknown one, or where there is nothing to compare several on.
+    """
     known = methods_of(cfg)
+    names = list(dict.fromkeys(word.strip() for word in words.split(",")))
+    names = list(known) if names == ["all"] else names
     for name in names:
         if name not in known:
             raise InputError(f"--compare {name}: no such method; there are {', '.join(known)}")
     if len(names) > 1 and cfg.target.test is None:
         raise InputError("--compare: methods are compared on the test set, and target.test is not given")
+    return names
 
 
 def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome]) -> Result:
@@ -104,10 +109,7 @@ def _result(lab: Lab, method: str, title: str, outcomes: list[Outcome]) -> Resul
 
 def _test_score(lab: Lab, method: str, last: Outcome) -> float:
     assert lab.target.test is not None
-    digest = hashlib.sha256(f"{fingerprint(lab.target.test)} at {lab.cfg.crop}".encode())
-    for file in (last.student, last.head):
-        digest.update(Path(file).read_bytes())
-    identity = digest.hexdigest()
+    identity = f"{last.files} on {fingerprint(lab.target.test)} at {lab.cfg.crop}"
     path = last.folder / "test.json"
     test = _scored(path, identity)
     if test is None:

@@ -53,12 +53,14 @@ class Outcome:
     steps:  updates it took.
     flops:  of all of them on all processes, forward and backward, its teacher's among them.
     score:  on the validation set, of the step that was kept; None without such a set.
+    files:  the hashes of its outputs, by name.
     """
 
     folder: Path
     steps: int
     flops: int
     score: float | None
+    files: dict[str, str]
 
     @property
     def student(self) -> str:
@@ -122,7 +124,7 @@ def run_stage(
         path = folder / name
         if not path.is_file() or _hash_of(str(path), os.stat(path).st_mtime_ns) != digest:
             raise InputError(f"{path} is not what the stage left: delete {folder}, and the stage is done again")
-    return Outcome(folder, facts["steps"], facts["flops"], facts["score"])
+    return Outcome(folder, facts["steps"], facts["flops"], facts["score"], facts["files"])
 
 
 def make_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ class DenseSubset(Subset):
     """Some images of a dense source, in the order given, with their targets."""
 
     def __init__(self, source: DenseSource, indices: np.ndarray):
-        self.dense, self.indices, self.classes = source, indices, source.classes
+        self.dense, self.indices, self.labels, self.classes = source, indices, None, source.classes
         self.source = source  # type: ignore[assignment]
 
     def target(self, index: int) -> np.ndarray:
