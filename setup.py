@@ -26,6 +26,7 @@ setup(
         XFORMERS,
         "accelerate>=1.2",
         "datasets>=3.0",
+        "pyarrow>=15.0",
         "torchmetrics>=1.4",
         "pydantic>=2.7",
         "pyyaml>=6.0",

@@ -33,8 +33,28 @@ def _pixels_or_auto(size: Any) -> Any:
     return size
 
 
+def _images_or_auto(size: Any) -> Any:
+    if size != "auto" and not (type(size) is int and size > 0):
+        raise ValueError(f"a number of images above 0, or auto, not {size!r}")
+    return size
+
+
+def _named_students(students: Any) -> Any:
+    if not isinstance(students, list):
+        return students
+    return [{"name": one} if isinstance(one, str) else one for one in students]
+
+
+def _flag_or_selective(value: Any) -> Any:
+    if value not in (True, False, "selective") or type(value) not in (bool, str):
+        raise ValueError(f"true, false or selective, not {value!r}")
+    return value
+
+
 Arch = Annotated[dict[str, Any], AfterValidator(_network_arguments)]
 PixelsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_pixels_or_auto)]
+ImagesOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_images_or_auto)]
+FlagOrSelective = Annotated[bool | Literal["selective"], BeforeValidator(_flag_or_selective)]
 
 
 class Section(BaseModel):
@@ -51,7 +71,8 @@ class Teacher(Section):
     download: Flag = False  # fetch the official weights when they are not on disk
     image_size: Positive | None = None  # pixels it sees; null: data.image_size
     normalize: Literal["own", "imagenet", "clip", "none"] = "own"  # the authors give every teacher ImageNet's
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: computes in the run's precision
+    # auto: computes as autocast does in the run's precision; bfloat16: all of it in bfloat16, faster and less exact
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     losses: dict[str, NonNegative] | None = None  # its own weights; null: the run's
     standardize: Flag = False  # bring each dimension of its tokens to mean 0 and variance 1
     head: str | None = None  # a linear classifier on the teacher's features, for the losses on logits
@@ -68,7 +89,8 @@ class Student(Section):
     tune: Literal["all", "head", "lora"] = "all"  # what learns: all of it, heads alone, adapters beside linear layers
     rank: Positive = 8  # of lora's adapters
     image_size: PixelsOrAuto = "auto"  # auto: what gives the teacher's grid, for losses on patches
-    grad_checkpointing: Flag = False  # compute activations again in backward instead of keeping them
+    # compute activations again in backward instead of keeping them; selective: but for products and attention
+    grad_checkpointing: FlagOrSelective = False
     compile: Flag = False
     arch: Arch = {}
 
@@ -76,8 +98,9 @@ class Student(Section):
 class Source(Section):
     """Where images come from."""
 
-    kind: Literal["folder", "hf", "digits", "image"] = "folder"
-    root: str | None = None  # a folder; for `hf` a local path or a hub id; for `image` one image file
+    kind: Literal["folder", "packed", "hf", "digits", "image"] = "folder"
+    # a folder; for `packed` one that tools/pack.py wrote; for `hf` a local path or a hub id; for `image` one image file
+    root: str | None = None
     split: str | None = None  # folder: a subfolder of root; hf, digits: the split's name
     labels: Literal["auto", "ignore"] = "auto"
     download: Flag = False  # hf: may fetch from the hub what is not on disk
@@ -99,6 +122,7 @@ class Augment(Section):
     hflip: Probability = 0.5
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     erasing: Probability = 0.25
+    device: Flag = False  # RandAugment where the networks are, on whole batches, instead of in the workers
 
     @model_validator(mode="after")
     def _ordered(self) -> "Augment":
@@ -124,6 +148,15 @@ class Data(Sources):
     workers: Annotated[int, Field(ge=0)] = 8
     max_bad_share: Probability = 0.01  # the run stops when more than this share of the files ...
     max_bad_files: Annotated[int, Field(ge=0)] = 10  # ... and at least this many cannot be read
+
+
+class TeacherCache(Section):
+    """Targets computed once, for fixed views of every image, by tools/cache.py."""
+
+    dir: Annotated[str, Field(min_length=1)]
+    tokens: Literal["cls", "all"] = "cls"  # class tokens in float16; all: patch tokens as well, reduced and in 8 bits
+    views: Positive = 4  # fixed augmented views of an image
+    components: Positive = 128  # of patch tokens: the principal ones that are kept
 
 
 class Optimizer(Section):
@@ -201,8 +234,10 @@ class RunBase(Section):
 class Run(RunBase):
     """A run of the trainer, and the batch it takes its steps on."""
 
-    batch_size: Positive = 128  # images a process sees at once; the paper: 8 processes
+    # images a process sees at once; the paper: 8 processes of 128. auto: as many as fit
+    batch_size: ImagesOrAuto = 128
     accumulate: Positive = 1  # micro-batches to an update
+    global_batch: Positive | None = None  # with batch_size=auto: images of an update, which accumulate makes up
 
 
 class Config(Section):
@@ -210,12 +245,15 @@ class Config(Section):
 
     teacher: Teacher | None = None
     teachers: list[Teacher] = []  # instead of teacher: several of them
-    student: Student
+    student: Student | None = None
+    # instead of student: several that learn from one pass of the teacher; a name, or as student
+    students: Annotated[list[Student], BeforeValidator(_named_students)] = []
     losses: dict[str, NonNegative]  # name: weight; 0 leaves one out
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the logits, in logits_kl
     # label_ce and logits_kl on heads of their own (DHO); this is the first one's share of the prediction
     head_mix: Probability | None = None
     data: Data
+    teacher_cache: TeacherCache | None = None
     optimizer: Optimizer = Optimizer()
     schedule: Schedule
     ema: Ema = Ema()
@@ -247,7 +285,50 @@ class Config(Section):
                 raise ValueError(f"losses.logits_kl needs {key}.head: the file of a linear classifier on the teacher")
         if self.head_mix is not None and not {LABEL_CE, "logits_kl"} <= self.computed_losses:
             raise ValueError(f"head_mix: two heads are for {LABEL_CE} and logits_kl together")
+        self._check_students()
+        self._check_cache()
+        if self.run.global_batch and self.run.batch_size != "auto":
+            raise ValueError("run.global_batch is for run.batch_size=auto; a fixed batch grows by run.accumulate")
+        if self.run.batch_size == "auto" and self.run.accumulate > 1:
+            raise ValueError("run.accumulate is found with run.batch_size=auto: give run.global_batch instead")
         return self
+
+    def _check_students(self) -> None:
+        if (self.student is None) == (not self.students):
+            raise ValueError("give either student or students (student=null, or students=[], takes one away)")
+        if len(self.students) > 1 and self.run.precision == "fp16":
+            raise ValueError(
+                "students: with run.precision=fp16 they would share one loss scale; use bf16, or train them one by one"
+            )
+
+    def _check_cache(self) -> None:
+        if not self.teacher_cache:
+            return
+        if not self.all_teachers:
+            raise ValueError("teacher_cache: there is no teacher")
+        if self.data.augment.device:
+            raise ValueError("teacher_cache replays views to the pixel: data.augment.device must be false")
+        on_patches = {"patch", "feature", "patch_feature"} & self.computed_losses
+        if on_patches and self.teacher_cache.tokens == "cls":
+            raise ValueError(
+                f"losses.{min(on_patches)} compares patch tokens: teacher_cache.tokens=all keeps them, cls does not"
+            )
+
+    @property
+    def all_students(self) -> dict[str, Student]:
+        """The students by the name of their network, a number behind it where it comes again."""
+        named: dict[str, Student] = {}
+        for section in [self.student] if self.student else self.students:
+            stem = section.name.replace("/", "_").replace(":", "_")  # a folder of the run is called so
+            name, copy = stem, 2
+            while name in named:
+                name, copy = f"{stem}_{copy}", copy + 1
+            named[name] = section
+        return named
+
+    def alone(self, student: Student) -> "Config":
+        """The run in which this student learns alone."""
+        return self.model_copy(update={"student": student, "students": []})
 
     @property
     def all_teachers(self) -> dict[str, Teacher]:

@@ -154,8 +154,8 @@ def explain(error: ValidationError, file: str, root: type[BaseModel] = Config) -
             leaf = key.rsplit(".", 1)[-1]
             elsewhere = [known for known in keys if known.rsplit(".", 1)[-1] == leaf]
             close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)
-            place = re.match(r"teachers\.\d+\.", key)  # of a list, whose keys are known without a number
-            valid = [re.sub(r"^teachers\.", place[0], known) for known in keys] if place else keys
+            place = re.match(r"(teachers|students)\.\d+\.", key)  # of a list, whose keys are known without a number
+            valid = [re.sub(rf"^{place[1]}\.", place[0], known) for known in keys] if place else keys
             hint = f"; did you mean {close[0]!r}?" if close and not place else nearest(key, valid)
             lines.append(f"{file}: unknown key {key!r}{hint}")
         elif problem["type"] == "missing":

@@ -368,8 +368,11 @@ def test_a_wrong_value_is_one_line_that_names_the_key(minimal, override, key):
 @pytest.mark.parametrize("section", ["teacher", "student", "losses", "data", "schedule"])
 def test_a_missing_section_is_named(write, section):
     path = write("part.yaml", {name: tree for name, tree in MINIMAL.items() if name != section})
-    missing = "losses.token needs a teacher, and teacher is null (several: teachers)"
-    assert told(path) == f"part.yaml: {missing if section == 'teacher' else section + ' is missing'}"
+    missing = {
+        "teacher": "losses.token needs a teacher, and teacher is null (several: teachers)",
+        "student": "give either student or students (student=null, or students=[], takes one away)",
+    }
+    assert told(path) == f"part.yaml: {missing.get(section, section + ' is missing')}"
 
 
 def test_each_mistake_has_its_line(minimal):

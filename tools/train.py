@@ -5,6 +5,7 @@ import os
 import sys
 
 from proteus.config_files import load_config
+from proteus.engine.compiled import keep_compiled
 from proteus.errors import InputError, RunError, UnreadableError
 
 
@@ -13,8 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train.py", description="Distil a frozen teacher into a smaller student.")
     parser.add_argument("--cfg", required=True, help="a YAML file, or the name of one under configs/")
     parser.add_argument("--resume", default="auto", help="auto (go on in run.dir), never, or a checkpoint folder")
+    parser.add_argument("--plan", action="store_true", help="say what the run would cost, and do not start it")
     parser.add_argument("override", nargs="*", help="key=value, such as run.batch_size=64")
     args = parser.parse_intermixed_args(argv)
+    keep_compiled()
     try:
         cfg = load_config(args.cfg, args.override)
         # Importing torch takes seconds: what is wrong with the config is said before.
@@ -24,7 +27,14 @@ def main(argv: list[str] | None = None) -> int:
         from proteus.training.preflight import check_inputs
 
         check_inputs(cfg, args.resume)
-        signum = train(cfg, args.resume)
+        if args.plan:
+            from proteus.training.estimate import estimate
+
+            lines, signum = estimate(cfg), 0
+            if PartialState().is_main_process:
+                print("\n".join(lines))
+        else:
+            signum = train(cfg, args.resume)
         PartialState().destroy_process_group()
     except (InputError, RunError) as error:
         # All processes come to the same error, and one a machine says it; what only one has met, that one says.

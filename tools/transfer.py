@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from proteus.config_files import load_config
+from proteus.engine.compiled import keep_compiled
 from proteus.errors import InputError, RunError, Stopped, UnreadableError
 from proteus.transfer.config import TransferConfig
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("override", nargs="*", help="key=value, such as target.train.per_class=5")
     args = parser.parse_intermixed_args(argv)
+    keep_compiled()
     try:
         cfg = load_config(args.cfg, args.override, TransferConfig)
         # Importing torch takes seconds: what is wrong with the config is said before.

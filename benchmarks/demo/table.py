@@ -52,15 +52,16 @@ def measure(name: str, encoder: Encoder, cfg: Config) -> Score:
 def scores(distilled: Path, supervised: Path) -> list[Score]:
     """Teacher, distilled student, the same student untrained, and trained with labels for the same number of steps."""
     cfg = load_config(str(distilled / "config.yaml"))
-    assert cfg.teacher is not None
+    teacher, student = cfg.teacher, cfg.student
+    assert teacher and student  # noqa: PT018
     torch.manual_seed(cfg.run.seed)
     return [
-        measure("teacher", create_model(cfg.teacher.name, checkpoint=cfg.teacher.checkpoint, **cfg.teacher.arch), cfg),
+        measure("teacher", create_model(teacher.name, checkpoint=teacher.checkpoint, **teacher.arch), cfg),
         measure("student, distilled without labels", load_checkpoint(str(distilled / "student.safetensors")), cfg),
         measure("student, trained with labels", load_checkpoint(str(supervised / "student.safetensors")), cfg),
         measure(
             "student, untrained",
-            create_model(cfg.student.name, image_size=cfg.data.image_size, **cfg.student.arch),
+            create_model(student.name, image_size=cfg.data.image_size, **student.arch),
             cfg,
         ),
     ]

@@ -1,8 +1,8 @@
 """From draws to batches: decoding, augmenting, masking, and what happens to an image that cannot be read."""
 
 import os
-from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,20 @@ from torch.utils.data import DataLoader, Dataset
 from proteus.data.dense import DenseSource
 from proteus.data.sampler import Draw, Sampler
 from proteus.data.sources import Source
-from proteus.data.transforms import Box, EvalTransform, TrainTransform, fill_boxes, seeded
+from proteus.data.transforms import (
+    Box,
+    EvalTransform,
+    TrainTransform,
+    View,
+    fill_boxes,
+    generators_kept,
+    seed_generators,
+)
 from proteus.errors import UnreadableError
+
+if TYPE_CHECKING:
+    from proteus.data.device_augment import Op
+    from proteus.data.view_cache import ViewCache
 
 TRIES = 100  # images tried in a row before a batch is given up
 
@@ -22,11 +34,13 @@ TRIES = 100  # images tried in a row before a batch is given up
 class Batch(NamedTuple):
     """What a process sees in a micro-batch.
 
-    images: [B, 3, S, S] uint8.
-    mask:   [M, N] bool, of the first M images.
-    labels: [B] int64, or None.
-    boxes:  (row, box) of the images that are erased after normalisation.
-    bad:    indices of images that could not be read and were replaced by others.
+    images:  [B, 3, S, S] uint8.
+    mask:    [M, N] bool, of the first M images.
+    labels:  [B] int64, or None.
+    boxes:   (row, box) of the images that are erased after normalisation.
+    bad:     indices of images that could not be read and were replaced by others.
+    targets: [B, R] uint8, rows of the teacher cache, or None.
+    ops:     operations of RandAugment left to the device, a list for each image; empty where there are none.
     """
 
     images: Tensor
@@ -34,19 +48,41 @@ class Batch(NamedTuple):
     labels: Tensor | None
     boxes: list[tuple[int, Box]]
     bad: list[int]
+    targets: Tensor | None = None
+    ops: "Sequence[list[Op]]" = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, images as float in [0, 1] with their boxes filled."""
-        images = self.images.to(device, non_blocking=True).float().div_(255)
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return Batch(fill_boxes(images, self.boxes), self.mask.to(device, non_blocking=True), labels, [], self.bad)
+        """The batch on a device, images as float in [0, 1], augmented, with their boxes filled."""
+        images = self.images.to(device, non_blocking=True)
+        if self.ops:
+            from proteus.data.device_augment import apply_ops
+
+            images = apply_ops(images.contiguous(), self.ops)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        images = fill_boxes(images, self.boxes)
+        mask = self.mask.to(device, non_blocking=True)
+        labels, targets = (
+            None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.labels, self.targets)
+        )
+        return Batch(images, mask, labels, [], self.bad, targets)
 
 
 class TrainingSet(Dataset):
-    """Turns the draws of a micro-batch into a Batch. Crop, augmentation, erasing and mask depend on the draw alone."""
+    """Turns the draws of a micro-batch into a Batch. Crop, augmentation, erasing and mask depend on the draw alone.
 
-    def __init__(self, source: Source, transform: TrainTransform, seed: int, patches: int, mask_ratio: float):
-        self.source, self.transform, self.seed = source, transform, seed
+    views: fixed views of each image, whose targets are known; the draw says which of them, and the mask.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: TrainTransform,
+        seed: int,
+        patches: int,
+        mask_ratio: float,
+        views: "ViewCache | None" = None,
+    ):
+        self.source, self.transform, self.seed, self.views = source, transform, seed, views
         self.patches, self.masked_patches = patches, count_masked(patches, mask_ratio)
 
     def __getitems__(self, draws: list[Draw]) -> "Batch | UnreadableError":
@@ -57,21 +93,43 @@ class TrainingSet(Dataset):
 
     def batch(self, draws: list[Draw]) -> Batch:
         """The Batch of some draws; UnreadableError where too many images in a row cannot be read."""
-        images, masks, labels, boxes = [], [], [], []
+        images, masks, labels, boxes, targets, ops = [], [], [], [], [], []
         bad: list[int] = []
-        for row, (index, epoch, position, masked) in enumerate(draws):
-            image, index = readable(self.source, index, bad)
-            with seeded(self.seed, epoch, position):
-                pixels, box = self.transform(image)
-            images.append(pixels)
-            if box is not None:
-                boxes.append((row, box))
-            if masked:
-                masks.append(self.mask(epoch, position))
-            if self.source.labels is not None:
-                labels.append(int(self.source.labels[index]))
-        mask = torch.stack(masks) if masks else torch.zeros(0, self.patches, dtype=torch.bool)
-        return Batch(torch.stack(images), mask, torch.tensor(labels) if labels else None, boxes, bad)
+        with generators_kept():
+            for row, (index, epoch, position, masked) in enumerate(draws):
+                image, index = readable(self.source, index, bad)
+                view, target = self.view(image, index, epoch, position)
+                images.append(view.pixels.permute(1, 2, 0))
+                ops.append(view.ops)
+                if target is not None:
+                    targets.append(target)
+                if view.box is not None:
+                    boxes.append((row, view.box))
+                if masked:
+                    masks.append(self.mask(epoch, position))
+                if self.source.labels is not None:
+                    labels.append(int(self.source.labels[index]))
+        return Batch(
+            torch.stack(images).permute(0, 3, 1, 2),  # channels last in memory: a worker need not move them apart
+            torch.stack(masks) if masks else torch.zeros(0, self.patches, dtype=torch.bool),
+            torch.tensor(labels) if labels else None,
+            boxes,
+            bad,
+            torch.stack(targets) if targets else None,
+            ops if any(ops) else (),
+        )
+
+    def view(self, image: Image.Image, index: int, epoch: int, position: int) -> tuple[View, Tensor | None]:
+        """The view of a place, and where there is a teacher cache its target [R] uint8. Seeds the generators."""
+        if self.views is None:
+            seed_generators(self.seed, epoch, position)
+            return self.transform(image), None
+        k = self.views.view(index, epoch, position)
+        record = self.views.read(index, k)
+        seed_generators(*self.views.key(index, k))
+        view = self.transform(image, record.crop)
+        self.views.check(record, view, self.source.name(index))
+        return view, torch.frombuffer(bytearray(record.target), dtype=torch.uint8)
 
     def mask(self, epoch: int, position: int) -> Tensor:
         """[N] bool: exactly floor(N * ratio) patches, uniformly chosen."""
@@ -110,6 +168,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # its own: the loader's start must not draw from the one that the step has seeded
     )
@@ -160,3 +219,4 @@ def _start_worker(_: int) -> None:
     # A signal to the trainer's process group, Ctrl-C among them, is the trainer's to answer: it wants its batches up to
     # the checkpoint. So workers are a group of their own; they end with the trainer, which they watch.
     os.setpgid(0, 0)
+    torch.set_num_threads(1)  # an image at a time is too little to share out

@@ -10,6 +10,7 @@ from PIL import Image
 from proteus import config
 from proteus.data.decode import decode
 from proteus.data.huggingface import HuggingFaceSource
+from proteus.data.packed import PackedSource
 from proteus.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -234,6 +235,8 @@ def _open(cfg: config.Source, seed: int) -> Source:
         return HuggingFaceSource(root, cfg.split, use_labels, cfg.download)
     if cfg.kind == "folder":
         return FolderSource(Path(root), use_labels)
+    if cfg.kind == "packed":
+        return PackedSource(Path(root), use_labels)
     try:
         return SingleImageSource(Path(root), cfg.crops, seed)
     except Exception as error:  # decoders raise anything
@@ -245,6 +248,7 @@ def _root(cfg: config.Source, key: str = "data") -> str:
     if cfg.root is None:
         wanted = {
             "folder": f"a folder that holds {cfg.split + '/<class>/<image>' if cfg.split else 'images'}",
+            "packed": "a folder that tools/pack.py wrote",
             "image": "one image file",
             "hf": "a hub id or a local dataset",
         }

@@ -6,7 +6,7 @@ plain and a masked view. `vit` and `opaque` hold its two kinds.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,17 @@ class Encoder(nn.Module, ABC):
         """The parameters by depth, each group with the factor `lr_scale` its learning rate is multiplied by."""
 
     @abstractmethod
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for backward and compute their insides again: less memory, a third more work."""
+    def set_grad_checkpointing(self, enable: bool | Literal["selective"] = True) -> None:
+        """Keep only the blocks' inputs for backward and compute their insides again: less memory, a third more work.
+
+        selective: keep the outputs of matrix products and attention as well, and compute only what is cheap again.
+        """
+
+    def use_channels_last(self) -> None:
+        """Lay convolutions out as a GPU's tensor cores want them, [B, H, W, C] in memory; transformers have none.
+
+        Not for a CPU: torch 2.15 gains little there, and crashes in the backward of some grouped convolutions.
+        """
 
     @abstractmethod
     def compile_parts(self) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class OpaqueEncoder(Encoder):
         own: bool = False,
     ):
         super().__init__(network, 3, name=name, mean=mean, std=std, arch=arch)
+        self._layout = torch.contiguous_format
         self._own, self._pools = own, hasattr(network, "forward_head")
         self.image_size = image_size
         self.num_blocks = len(getattr(network, "feature_info", ())) if not own else 0
@@ -98,12 +99,19 @@ class OpaqueEncoder(Encoder):
             groups.setdefault(max(depth.values()) - depth[name], []).append(parameter)
         return [{"params": groups[height], "lr_scale": layer_decay**height} for height in sorted(groups)]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool | Literal["selective"] = True) -> None:
         """As Encoder's; InputError for a network that cannot."""
+        if enable == "selective":
+            raise InputError(f"{self.name}: grad_checkpointing=selective is for transformers; true is for any network")
         try:
             self.network.set_grad_checkpointing(enable)
         except (AttributeError, AssertionError):
             raise InputError(f"{self.name} has no gradient checkpointing") from None
+
+    def use_channels_last(self) -> None:
+        """As Encoder's."""
+        self.network.to(memory_format=torch.channels_last)
+        self._layout = torch.channels_last
 
     def compile_parts(self) -> list[nn.Module]:
         """The network's outermost parts."""
@@ -123,7 +131,7 @@ class OpaqueEncoder(Encoder):
     def _features(self, x: Tensor) -> Features:
         """Normalised images [B, 3, H, W] through the network."""
         network, aspect = self.network, x.shape[-2] / x.shape[-1]
-        x = x.to(self._dtype)
+        x = x.to(self._dtype).contiguous(memory_format=self._layout)
         out = network(x) if self._own else network.forward_features(x)
         if isinstance(out, Features):
             return out

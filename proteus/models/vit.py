@@ -1,6 +1,7 @@
 """A vision transformer as an encoder: masked as DINOv2 masks, with its family's own position-embedding rule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from timm.layers import HybridEmbed, PatchDropout, PatchDropoutWithIndices, Patc
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from proteus.errors import InputError
 from proteus.models.encoder import Encoder, square_or_pair
@@ -50,7 +51,7 @@ class VitEncoder(Encoder):
         self.native_grid: tuple[int, int] = tuple(embed.grid_size)
         self.patch_size: int = embed.feat_ratio(as_scalar=True)  # of a convnet before it, the strides together
         self.image_size = square_or_pair([side * self.patch_size for side in self.native_grid])
-        self._checkpointing = False
+        self._checkpoint: Callable[..., Tensor] | None = None
         # grid -> the weights it was resized from, their version, the positions
         self._resized: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
 
@@ -135,9 +136,10 @@ class VitEncoder(Encoder):
             groups.setdefault(height, []).append(parameter)
         return [{"params": groups[height], "lr_scale": layer_decay**height} for height in sorted(groups)]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool | Literal["selective"] = True) -> None:
         """As Encoder's."""
-        self._checkpointing = enable
+        contexts = {"context_fn": _keep_products} if enable == "selective" else {}
+        self._checkpoint = partial(checkpoint, use_reentrant=False, **contexts) if enable else None
 
     def compile_parts(self) -> list[nn.Module]:
         """The blocks."""
@@ -186,8 +188,8 @@ class VitEncoder(Encoder):
         rope = self._rope(grid)
         for index, block in enumerate(self.network.blocks):
             options: dict[str, Any] = {} if rope is None else {"rope": rope[index] if self._rope_of_block else rope}
-            if self._checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, **options)
+            if self._checkpoint and torch.is_grad_enabled():
+                x = self._checkpoint(block, x, **options)
             else:
                 x = block(x, **options)
             if keep is not None:
@@ -241,3 +243,26 @@ class VitEncoder(Encoder):
         super()._apply(fn, recurse)
         self._resized.clear()  # moved to another device or precision
         return self
+
+
+def _keep_products():
+    """Contexts of a checkpoint that computes only element by element again (norms, GELU, LayerScale)."""
+    return create_selective_checkpoint_contexts(_keep_product)
+
+
+def _keep_product(_context, op, *_, **__) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.bmm.default,
+    _aten.addmm.default,
+    _aten._flash_attention_forward.default,
+    _aten._efficient_attention_forward.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+}

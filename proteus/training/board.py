@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from proteus.engine.atomic import write_file
+from proteus.training.learner import Outcome
 
 
 class Board:
@@ -26,13 +27,20 @@ class Board:
     """
 
     def __init__(
-        self, accelerator: Accelerator, directory: Path, done_steps: int, total_steps: int, images_per_step: int
+        self,
+        accelerator: Accelerator,
+        directory: Path,
+        done_steps: int,
+        total_steps: int,
+        images_per_step: int,
+        students: Sequence[str] = ("",),
     ):
         self._accelerator = accelerator
+        self._students = [name if len(students) > 1 else "" for name in students]
         self._total, self._images_per_step = total_steps, images_per_step
         self._main = accelerator.is_main_process
         self._live = self._main and sys.stderr.isatty()
-        self._names: list[str] = []
+        self._names: list[list[str]] = []
         if self._main:
             _cut_log(directory / "log.jsonl", done_steps)
         self._log = open(directory / "log.jsonl", "a") if self._main else None  # noqa: SIM115
@@ -52,25 +60,36 @@ class Board:
         yield
         self._waited += time.perf_counter() - start
 
-    def add(self, losses: list[dict[str, Tensor]], norm: Tensor, skipped: Tensor) -> None:
-        """Note a step: the losses of its micro-batches, its gradient norm, and whether it was skipped. No host sync."""
-        self._names = list(losses[0])
-        parts = [torch.stack([micro[name].detach().float() for micro in losses]).mean() for name in self._names]
-        self._rows.append(torch.stack([*parts, norm.float(), skipped.float()]))
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Note a step, as each student made it. No host sync."""
+        self._names = [list(outcome.losses[0]) for outcome in outcomes]
+        values: list[Tensor] = []
+        for (losses, norm, skipped), names in zip(outcomes, self._names, strict=True):
+            values += [torch.stack([micro[name].float() for micro in losses]).mean() for name in names]
+            values += [norm.float(), skipped.float()]
+        self._rows.append(torch.stack(values))
 
     def show(self, step: int, rate: float, bad_images: int) -> list[int]:
         """End the interval at `step` updates: show means over steps and processes. Returns the steps skipped in it."""
-        table = self._accelerator.reduce(torch.stack(self._rows), reduction="mean").double().cpu()  # [steps, parts + 2]
+        table = self._accelerator.reduce(torch.stack(self._rows), reduction="mean").double().cpu()
         elapsed, waited, steps = time.perf_counter() - self._since, self._waited, len(table)
-        skipped = [step - steps + 1 + row for row in table[:, -1].nonzero().flatten().tolist()]
-        applied = table[table[:, -1] == 0]
-        means = applied.mean(dim=0).tolist() if len(applied) else [math.nan] * table.shape[1]
-        losses = dict(zip(self._names, means[: len(self._names)], strict=True))
+        losses: dict[str, float] = {}
+        norms: dict[str, float] = {}
+        missed = torch.zeros(steps, dtype=torch.bool)
+        own = table.split([len(names) + 2 for names in self._names], dim=1)  # [steps, parts + 2] a student
+        for student, names, rows in zip(self._students, self._names, own, strict=True):
+            applied = rows[rows[:, -1] == 0]
+            means = applied.mean(dim=0).tolist() if len(applied) else [math.nan] * rows.shape[1]
+            before = f"{student}/" if student else ""
+            losses |= {before + name: value for name, value in zip(names, means[:-2], strict=True)}
+            norms[f"grad_norm_{student}" if student else "grad_norm"] = means[-2]
+            missed |= rows[:, -1] != 0
+        skipped = [step - steps + 1 + row for row in missed.nonzero().flatten().tolist()]
         row = {
             "step": step,
             "loss": sum(losses.values()),
             **{f"loss_{name}": value for name, value in losses.items()},
-            "grad_norm": means[-2],
+            **norms,
             "lr": rate,
             "images_per_s": steps * self._images_per_step / elapsed,
             "data_wait": waited / elapsed,

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from proteus.data.loader import Batch
 from proteus.models.attention import ChosenAttention, ChosenAttentionRope, ChosenEvaAttention
+from proteus.training.cache import CachedTeacher
 from proteus.training.task import Distillation
-from proteus.training.teacher import Teacher
+from proteus.training.teacher import Answer, Teacher
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -28,24 +29,35 @@ def count_flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def training_flops(task: Distillation, teachers: Sequence[Teacher], batch: Batch) -> int:
-    """FLOPs of a step on one process's batch: the teachers' forward, the task's forward and backward.
+class Flops(NamedTuple):
+    """FLOPs of a step: the teachers' forward; forward and backward of all that learns."""
 
-    The step is made on a copy of the task, with torch's attention and uncompiled: weights, gradients, statistics and
+    teachers: int
+    students: int
+
+
+def training_flops(tasks: Sequence[Distillation], teachers: Sequence[Teacher | CachedTeacher], batch: Batch) -> Flops:
+    """FLOPs of a step on one process's batch.
+
+    The step is made on copies of the tasks, with torch's attention and uncompiled: weights, gradients, statistics and
     the random state stay as they were. Of several processes all have to call it, as losses and statistics may gather.
 
-    batch: on the device of the task.
+    batch: on the device of the tasks.
     """
-    trial = copy.deepcopy(task).train()
+    trials = [copy.deepcopy(task).train() for task in tasks]
+    answers: list[Answer] = []
 
-    def step() -> None:
-        answers = [teacher.answer(batch.images) for teacher in teachers]
-        sum(trial(batch.images, batch.mask, answers, batch.labels).values()).backward()
+    def teach() -> None:
+        answers.extend(teacher.answer(batch) for teacher in teachers)
+
+    def learn() -> None:
+        for trial in trials:
+            sum(trial(batch.images, batch.mask, answers, batch.labels).values()).backward()
 
     devices = [batch.images.device] if batch.images.is_cuda else []
-    modules = [trial, *(teacher.encoder for teacher in teachers)]
+    modules = [*trials, *(teacher.encoder for teacher in teachers if isinstance(teacher, Teacher))]
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), _torch_attention(modules):
-        return count_flops(step)
+        return Flops(count_flops(teach), count_flops(learn))
 
 
 @contextmanager

@@ -5,33 +5,24 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from proteus.config import Config
 from proteus.data.dense import DenseSource
 from proteus.data.loader import Batch, training_batches
-from proteus.data.sampler import Sampler
 from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
-from proteus.engine.ema import build_ema
-from proteus.engine.schedule import scaled_rate
-from proteus.engine.update import build_optimizer, finite_step, set_rate
 from proteus.errors import InputError, RunError, UnreadableError
-from proteus.models.weights import save_encoder
 from proteus.training import start
 from proteus.training.board import Board
 from proteus.training.flops import training_flops
-from proteus.training.plan import Plan
+from proteus.training.learner import Learner
+from proteus.training.memory import settle_batch_size
 from proteus.training.probe import Probe, split_source
 from proteus.training.state import Checkpoints, Progress
 from proteus.training.stop import Stop
-from proteus.training.task import Distillation, build_task
-from proteus.training.teacher import build_teachers
-from proteus.training.tune import merged
-from proteus.training.validation import Validation, keep_best, write_student
+from proteus.training.validation import Validation, keep_best
 
 
 def train(
@@ -55,80 +46,52 @@ def train(
     lock = start.take_lock(directory, accelerator)
 
     source, held_out = (source, None) if source is not None else split_source(cfg)
-    start.check_labels(cfg, source)
-    sampler = Sampler(
-        size=len(source),
-        batch_size=cfg.run.batch_size,
-        processes=processes,
-        accumulate=cfg.run.accumulate,
-        repeats=cfg.data.repeats,
-        mask_probability=cfg.data.mask.probability if "patch" in cfg.computed_losses else 0.0,
-        seed=cfg.run.seed,
-    )
-    plan = Plan.of(cfg, sampler)
+    cfg = settle_batch_size(cfg, source, accelerator, directory)
+    parts = start.build_parts(cfg, source, accelerator, directory)
+    sampler, plan, teachers, answering, learners, dataset = parts
+    assert validation is None or len(learners) == 1, "a validation chooses one student's weights"
 
-    torch.manual_seed(cfg.run.seed)
-    teachers = build_teachers(cfg, accelerator)
-    student, sizes = start.build_student(cfg, teachers, accelerator)
-    patches = sizes.mask[0] * sizes.mask[1]
-    start.check_masks(cfg, sampler, patches)
-    classifier, classes = start.build_classifier(cfg, source, teachers, student)
-    task = build_task(cfg, student, teachers, sizes, classifier, sampler.masked / processes).to(device)
-    ema = build_ema(student, cfg.ema.decay, plan.total_steps)
-    base_rate = scaled_rate(cfg.optimizer.lr, cfg.optimizer.lr_batch, sampler.images_per_step)
-    model, optimizer = accelerator.prepare(task, build_optimizer(task, cfg.optimizer))
-    if cfg.student.compile:
-        start.compile_student(student)
-
-    networks = start.describe_networks(cfg, teachers, sizes)
-    checkpoints = Checkpoints(directory, cfg.run.keep, task, optimizer, ema, accelerator, networks)
+    networks = start.describe_networks(cfg, teachers, learners)
+    checkpoints = Checkpoints(directory, cfg.run.keep, learners, accelerator, networks)
     begin = Progress(images=len(source), images_per_step=sampler.images_per_step)
     progress, notes = start.resume_run(checkpoints, begin, resume, accelerator)
     notes += start.write_config(cfg, directory, accelerator, progress)
-    dataset = start.build_dataset(cfg, source, sizes.crop, patches)
     batches = training_batches(dataset, sampler, progress.step, plan.total_steps, rank, cfg.data.workers)
     seen_bad = set(progress.bad_images)
+    names = [learner.name for learner in learners]
 
     with (
         contextlib.closing(batches),
-        Board(accelerator, directory, progress.step, plan.total_steps, sampler.images_per_step) as board,
+        Board(accelerator, directory, progress.step, plan.total_steps, sampler.images_per_step, names) as board,
         Stop(accelerator) as stop,
     ):
-        summary = start.summarise(cfg, plan, student, teachers, sizes, source, sampler, base_rate, accelerator)
-        for line in (*summary, *notes):
+        for line in (*start.summarise(cfg, parts, source, accelerator), *notes):
             board.say(line)
         probe = None
         if held_out is not None and accelerator.is_main_process:
-            probe = Probe(cfg, source, held_out, task, teachers, device)  # type: ignore[arg-type]
+            probe = Probe(cfg, source, held_out, learners[0].sizes.crop, teachers, device)  # type: ignore[arg-type]
             if progress.step == 0:
-                _show_probe(probe, board, directory, 0)
+                _show_probe(probe, learners, board, directory, 0)
         if validation is not None and progress.step == 0:
-            _validate(validation, task, classes, progress, board, directory, accelerator)
-        model.train()
+            _validate(validation, learners[0], progress, board, accelerator)
+        for learner in learners:
+            learner.model.train()
         board.restart_clock()
 
         for step in range(progress.step + 1, plan.total_steps + 1):
-            _seed_step(cfg.run.seed, step, rank)
-            rate = plan.rate(step, base_rate)
-            set_rate(optimizer, rate)
-            losses = []
+            rate = plan.rate(step, learners[0].base_rate)
             for micro in range(cfg.run.accumulate):
                 with board.waiting():
                     batch = _next(batches, progress, checkpoints, processes)
                 seen_bad.update(batch.bad)
                 batch = batch.to(device)
                 if measure_flops and not progress.flops_per_step:
-                    progress.flops_per_step = processes * cfg.run.accumulate * training_flops(task, teachers, batch)
-                answers = [teacher.answer(batch.images) for teacher in teachers]
-                reduces = micro == cfg.run.accumulate - 1
-                with contextlib.nullcontext() if reduces else accelerator.no_sync(model):
-                    parts = model(batch.images, batch.mask, answers, batch.labels)  # {"token": [], ...}, weighted
-                    accelerator.backward(sum(parts.values()) / cfg.run.accumulate)
-                losses.append(parts)
-            norm, skipped = finite_step(accelerator, optimizer, cfg.optimizer.clip_grad)
-            if ema is not None:
-                ema.update(student)
-            board.add(losses, norm, skipped)
+                    flops = training_flops([learner.task for learner in learners], answering, batch)
+                    progress.flops_per_step = processes * cfg.run.accumulate * sum(flops)
+                answers = [teacher.answer(batch) for teacher in answering]
+                for learner in learners:
+                    learner.learn(batch, answers, step, micro)
+            board.add([learner.update(rate) for learner in learners])
             progress.step = step
 
             validates = validation is not None and validation.due(step, plan.total_steps)
@@ -138,7 +101,7 @@ def train(
                 progress.skipped_steps += board.show(step, rate, len(progress.bad_images))
                 _check_health(cfg, progress, source)
             if validates:
-                _validate(validation, task, classes, progress, board, directory, accelerator)
+                _validate(validation, learners[0], progress, board, accelerator)
             if (plan.saves(step) or stopping) and accelerator.is_main_process:
                 checkpoints.save(progress)
                 board.restart_clock()
@@ -147,17 +110,16 @@ def train(
                 break
             if plan.probes(step):
                 if probe is not None:
-                    _show_probe(probe, board, directory, step)
+                    _show_probe(probe, learners, board, directory, step)
                 accelerator.wait_for_everyone()
                 board.restart_clock()
 
         done = progress.step >= plan.total_steps
         if done and accelerator.is_main_process:
-            if validation is None:
-                write_student(task, classes, directory)
-            if ema is not None:
-                write_file(directory / "student_ema.safetensors", lambda path: save_encoder(merged(ema.module), path))
-            board.say(f"done: {directory / 'student.safetensors'} after {progress.step} steps")
+            for learner in learners:
+                written = learner.write_student() if validation is None else directory / "student.safetensors"
+                learner.write_average()
+                board.say(f"done: {written} after {progress.step} steps")
     if lock is not None:
         lock.release()
     return 0 if done else stop.signum
@@ -170,11 +132,6 @@ def _next(batches: Iterator[Batch], progress: Progress, checkpoints: Checkpoints
         if processes == 1 and progress.step:  # the storage is gone, what was learnt need not be
             checkpoints.save(progress)
         raise
-
-
-def _seed_step(seed: int, step: int, rank: int) -> None:
-    # What the network itself draws (drop path) is a function of the step too, so no random state has to be saved.
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
 def _gather_bad(
@@ -209,28 +166,28 @@ def _check_health(cfg: Config, progress: Progress, source: Source | DenseSource)
 
 
 def _validate(
-    validation: Validation | None,
-    task: Distillation,
-    classes: list[str],
-    progress: Progress,
-    board: Board,
-    directory: Path,
-    accelerator: Accelerator,
+    validation: Validation | None, learner: Learner, progress: Progress, board: Board, accelerator: Accelerator
 ) -> None:
     """Score the task, and keep its weights if they are the best so far."""
     assert validation is not None
-    score, best = keep_best(validation, task, progress)
+    score, best = keep_best(validation, learner.task, progress)
     board.write({"step": progress.step, "score": score, "best": progress.best_score}, prefix="validation")
     board.say(f"validation at step {progress.step}: {score:.4f}" + (", the best so far" if best else ""))
     if best and accelerator.is_main_process:
-        write_student(task, classes, directory)
+        learner.write_student()
     board.restart_clock()
 
 
-def _show_probe(probe: Probe, board: Board, directory: Path, step: int) -> None:
-    numbers = probe.measure()
-    board.write({"step": step} | numbers, prefix="probe")
-    if numbers:
-        board.say(f"probe at step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-    if probe.pictures:
-        board.picture("components", probe.picture(directory / "pictures" / f"step_{step}.png"), step)
+def _show_probe(probe: Probe, learners: list[Learner], board: Board, directory: Path, step: int) -> None:
+    row: dict[str, float] = {"step": step}
+    for learner in learners:
+        numbers = probe.measure(learner.task)
+        of, below = (f" of {learner.name}", learner.name + "/") if len(learners) > 1 else ("", "")
+        row |= {below + name: value for name, value in numbers.items()}
+        if numbers:
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            board.say(f"probe at step {step}{of}: {shown}")
+        if probe.pictures:
+            path = learner.directory / "pictures" / f"step_{step}.png"
+            board.picture(below + "components", probe.picture(learner.task, path), step)
+    board.write(row, prefix="probe")

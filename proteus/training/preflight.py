@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from proteus.config import Config, RunBase, Teacher
+from proteus.config import Config, RunBase, Student, Teacher
 from proteus.data.sources import check_roots
 from proteus.errors import InputError
 from proteus.losses import check_losses
@@ -21,7 +21,7 @@ def check_inputs(cfg: Config, resume: str) -> None:
     """Raise InputError with a line for each thing that is unknown or not where it should be."""
     checks: list[Callable[[], object]] = [
         lambda: check_losses(list(cfg.losses)),
-        lambda: check_name("student", cfg.student.name),
+        *(partial(check_name, key, section.name) for key, section in _students(cfg).items()),
         *(partial(check_teacher, key, teacher) for key, teacher in cfg.all_teachers.items()),
         lambda: _check_files(cfg, resume),
         lambda: check_device(cfg.run),
@@ -65,7 +65,9 @@ def check_teacher(key: str, cfg: Teacher) -> None:
 
 
 def _check_files(cfg: Config, resume: str) -> None:
-    files = {"student.checkpoint": cfg.student.checkpoint, "student.head": cfg.student.head}
+    files: dict[str, str | None] = {}
+    for key, student in _students(cfg).items():
+        files |= {f"{key}.checkpoint": student.checkpoint, f"{key}.head": student.head}
     for key, teacher in cfg.all_teachers.items():
         files[f"{key}.head"] = teacher.head
         files[f"{key}.checkpoint"] = None if teacher.checkpoint == RANDOM else teacher.checkpoint
@@ -76,6 +78,13 @@ def _check_files(cfg: Config, resume: str) -> None:
         )
     if missing:
         raise InputError(*missing)
+
+
+def _students(cfg: Config) -> dict[str, Student]:
+    """The students by their keys: `student`, or `students.0`, `students.1`, ..."""
+    if cfg.student:
+        return {"student": cfg.student}
+    return {f"students.{index}": student for index, student in enumerate(cfg.students)}
 
 
 def check_device(run: RunBase) -> None:

@@ -44,12 +44,12 @@ class Probe:
         cfg: Config,
         source: Source,
         held_out: Source,
-        task: Distillation,
+        size: int,
         teachers: list[Teacher],
         device: torch.device,
     ):
-        self._cfg, self._task, self._teachers, self._device = cfg, task, teachers, device
-        size, crop, workers = task.sizes.crop, cfg.probe.crop, cfg.data.workers
+        self._cfg, self._teachers, self._device = cfg, teachers, device
+        crop, workers = cfg.probe.crop, cfg.data.workers
         self._held_out = load_images(held_out, size, crop, workers)
         if not len(self._held_out.images):
             raise InputError("probe: none of the held-out images can be read")
@@ -66,43 +66,43 @@ class Probe:
         spread = torch.linspace(0, len(self._held_out.images) - 1, self.pictures).long()
         self._drawn = self._held_out.images[spread]
 
-    def measure(self) -> dict[str, float]:
-        """The numbers, by name: cosine_cls, cosine_patch, knn_student, knn_teacher (each where it exists).
+    def measure(self, task: Distillation) -> dict[str, float]:
+        """What a student's task is worth, by name: cosine_cls, cosine_patch, knn_student, knn_teacher.
 
-        With several teachers, the teacher's name follows: cosine_cls/dinov2_vits14.
+        Each is there where it exists. With several teachers, the teacher's name follows: cosine_cls/dinov2_vits14.
         """
-        self._task.eval()
-        numbers = self._similarity()
+        task.eval()
+        numbers = self._similarity(task)
         if self._bank is not None:
-            numbers["knn_student"] = self._knn(self._task.encode, self._bank)
-            for suffix, teacher in zip(self._task.suffixes, self._teachers, strict=True):
+            numbers["knn_student"] = self._knn(task.encode, self._bank)
+            for suffix, teacher in zip(task.suffixes, self._teachers, strict=True):
                 if teacher.name not in self._teacher_knn:
                     self._teacher_knn[teacher.name] = self._knn(teacher, self._bank)
                 numbers["knn_teacher" + suffix] = self._teacher_knn[teacher.name]
-        self._task.train()
+        task.train()
         return numbers
 
     @torch.no_grad()
-    def picture(self, path: Path) -> np.ndarray:
+    def picture(self, task: Distillation, path: Path) -> np.ndarray:
         """Principal components of a few fixed images, written to `path`; its pixels [H, W, 3]. Of the first teacher."""
-        self._task.eval()
+        task.eval()
         pixels = self._drawn.to(self._device)
-        student, teacher, shared = self._task.encode(pixels), None, False
+        student, teacher, shared = task.encode(pixels), None, False
         if self._teachers:
-            adaptor = self._task.adaptors[0]
+            adaptor = task.adaptors[0]
             teacher = _to_cpu(adaptor.teacher_space(self._teachers[0](pixels)))
             if shared := adaptor.reaches_patches:
                 student = adaptor.student_space(student)
-        self._task.train()
+        task.train()
         return components_picture(self._drawn, teacher, _to_cpu(student), shared, path)
 
     @torch.no_grad()
-    def _similarity(self) -> dict[str, float]:
+    def _similarity(self, task: Distillation) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
         for images in self._held_out.images.split(64) if self._teachers else ():
             pixels = images.to(self._device)
-            plain = self._task.encode(pixels)
-            for suffix, adaptor, teacher in zip(self._task.suffixes, self._task.adaptors, self._teachers, strict=True):
+            plain = task.encode(pixels)
+            for suffix, adaptor, teacher in zip(task.suffixes, task.adaptors, self._teachers, strict=True):
                 student, wanted = adaptor.compared(plain, teacher(pixels))
                 if "token" in adaptor.heads:
                     sums["cosine_cls" + suffix] += _cosine(student.cls, wanted.cls).sum().item()

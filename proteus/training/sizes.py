@@ -35,7 +35,7 @@ def student_size(cfg: Config, student: Encoder, teachers: list[Teacher]) -> int:
     With `student.image_size: auto`, what gives it the grid of the first teacher with a loss on patches: comparing
     patch by patch needs no interpolation then. Without such a loss it is `data.image_size`.
     """
-    if cfg.student.image_size != "auto":
+    if cfg.student and cfg.student.image_size != "auto":
         return cfg.student.image_size
     for (key, section), teacher in zip(cfg.all_teachers.items(), teachers, strict=True):
         if cfg.losses_of(section).keys() & ON_PATCHES:

@@ -1,8 +1,9 @@
 """How a run starts: devices, the lock, what must fit together, where it goes on from, what it says of itself."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -14,7 +15,6 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from proteus import config
@@ -25,20 +25,20 @@ from proteus.data.loader import TrainingSet, count_masked
 from proteus.data.sampler import Sampler
 from proteus.data.sources import Source
 from proteus.data.transforms import TrainTransform
+from proteus.data.view_cache import ViewCache
 from proteus.engine.atomic import write_file
 from proteus.engine.lock import RunLock
 from proteus.engine.schedule import warmup_steps
 from proteus.errors import InputError
 from proteus.losses import LOSSES
-from proteus.models import Encoder, create_model
-from proteus.models.attention import use_attention
-from proteus.models.heads import PixelClassifier, build_head, read_head
+from proteus.models import Encoder
+from proteus.training.cache import CachedTeacher, open_cache
 from proteus.training.dense import DenseTrainingSet
+from proteus.training.learner import Learner, build_learners
 from proteus.training.plan import Plan
-from proteus.training.sizes import Sizes, describe_sizes, match_sizes, student_size
+from proteus.training.sizes import describe_sizes
 from proteus.training.state import Checkpoints, Progress, list_checkpoints
-from proteus.training.teacher import Teacher
-from proteus.training.tune import tune
+from proteus.training.teacher import Teacher, build_teachers
 
 
 def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
@@ -82,40 +82,57 @@ def take_lock(directory: Path, accelerator: Accelerator) -> RunLock | None:
     return lock
 
 
-def build_student(cfg: Config, teachers: list[Teacher], accelerator: Accelerator) -> tuple[Encoder, Sizes]:
-    """The student, its grid fixed by the image size that its teachers lead to, and all sizes."""
+class Parts(NamedTuple):
+    """Everything that a step needs. Which images it sees is the sampler's to say, what happens when the plan's.
 
-    def create(image_size: int) -> Encoder:
-        section = cfg.student
-        return create_model(section.name, checkpoint=section.checkpoint, image_size=image_size, **section.arch)
+    answering: who answers a batch: the teachers, or what a cache holds of them.
+    """
 
-    asked = cfg.student.image_size
-    first = cfg.data.image_size if asked == "auto" else asked
-    student = create(first)
-    size = student_size(cfg, student, teachers)
-    if size != first:  # what leads to the size, the patch, is a fact of the network
-        torch.manual_seed(cfg.run.seed)
-        student = create(size)
-    sizes = match_sizes(cfg, student, size, teachers)
-    if not any(parameter.requires_grad for parameter in student.network.parameters()):
-        raise InputError(f"student.name={student.name} has no parameter that its features depend on and that can learn")
-    tune(student, cfg.student.tune, cfg.student.rank)
-    if cfg.student.grad_checkpointing:
-        student.set_grad_checkpointing(True)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        student = convert_sync_batchnorm(student)
-    use_attention(student.network, cfg.run.attention)
-    return student, sizes
+    sampler: Sampler
+    plan: Plan
+    teachers: list[Teacher]
+    answering: Sequence[Teacher | CachedTeacher]
+    learners: list[Learner]
+    dataset: TrainingSet | DenseTrainingSet
 
 
-def describe_networks(cfg: Config, teachers: list[Teacher], sizes: Sizes) -> dict[str, str]:
+def build_parts(cfg: Config, source: Source | DenseSource, accelerator: Accelerator, directory: Path) -> Parts:
+    """Build what a config names, on its device, from random numbers of its seed."""
+    check_labels(cfg, source)
+    assert isinstance(cfg.run.batch_size, int), "auto has been settled before"
+    sampler = Sampler(
+        size=len(source),
+        batch_size=cfg.run.batch_size,
+        processes=accelerator.num_processes,
+        accumulate=cfg.run.accumulate,
+        repeats=cfg.data.repeats,
+        mask_probability=cfg.data.mask.probability if "patch" in cfg.computed_losses else 0.0,
+        seed=cfg.run.seed,
+    )
+    plan = Plan.of(cfg, sampler)
+    torch.manual_seed(cfg.run.seed)
+    teachers = build_teachers(cfg, accelerator)
+    learners = build_learners(cfg, source, teachers, sampler, plan.total_steps, accelerator, directory)
+    check_masks(cfg, sampler, learners[0].patches)
+    answering: Sequence[Teacher | CachedTeacher] = teachers
+    views = None
+    if cfg.teacher_cache:
+        views, answering = open_cache(cfg, teachers, source, learners[0].sizes)
+    dataset = build_dataset(cfg, source, learners[0].sizes.crop, learners[0].patches, views)
+    return Parts(sampler, plan, teachers, answering, learners, dataset)
+
+
+def describe_networks(cfg: Config, teachers: list[Teacher], learners: list[Learner]) -> dict[str, str]:
     """What the weights of a checkpoint belong to, by the config's keys: heads of one teacher would fit another."""
 
     def shown(section: config.Student | config.Teacher, size: int) -> str:
         arch = {key: value for key, value in section.arch.items() if not key.startswith("drop")}
         return f"{section.name} {arch} at {size} px" if arch else f"{section.name} at {size} px"
 
-    networks = {"student": shown(cfg.student, sizes.student)}
+    networks = {}
+    for learner, student in zip(learners, cfg.all_students.values(), strict=True):
+        key = "student" if cfg.student else f"students/{learner.name}"
+        networks[key] = shown(student, learner.sizes.student)
     for (key, section), teacher in zip(cfg.all_teachers.items(), teachers, strict=True):
         losses = " + ".join(sorted(cfg.losses_of(section)))
         standardized = " standardized" if section.standardize else ""
@@ -123,60 +140,14 @@ def describe_networks(cfg: Config, teachers: list[Teacher], sizes: Sizes) -> dic
     return networks
 
 
-def compile_student(student: Encoder) -> None:
-    """Compile its parts one by one, for training and for evaluation mode: blocks may differ in a constant."""
-    parts = student.compile_parts()
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
-    for part in parts:
-        part.compile()
-
-
-def build_classifier(
-    cfg: Config, source: Source | DenseSource, teachers: list[Teacher], student: Encoder
-) -> tuple[nn.Module | None, list[str]]:
-    """The student's head, should a loss want one, and what its outputs are called (empty where nobody says).
-
-    For the classes of the teachers' heads, else of the labels; for each pixel, where theirs are.
-    """
-    if not {LABEL_CE, "logits_kl"} & cfg.computed_losses:
-        return None, []
-    heads = [teacher for teacher in teachers if teacher.head]
-    classes = next((teacher.classes for teacher in heads if teacher.classes), []) or list(source.classes)
-    count = _count_classes(cfg, source, teachers)
-    classes = classes if len(classes) == count else []
-    if cfg.student.head:
-        head, named = read_head(cfg.student.head, student.embed_dim, "student.head")
-        if head.num_classes != count:
-            raise InputError(f"student.head={cfg.student.head} has {head.num_classes} classes, the task {count}")
-        if getattr(head, "with_patches", False):
-            raise InputError(f"student.head={cfg.student.head} reads the mean patch token too: give one of a run's own")
-        return head.requires_grad_(True), named or classes
-    pixels = isinstance(heads[0].head, PixelClassifier) if heads else is_dense(source)
-    head = build_head(student.embed_dim, count, "pixel" if pixels else "class", cfg.head_mix)
-    return head, classes
-
-
-def build_dataset(cfg: Config, source: Source | DenseSource, crop: int, patches: int) -> TrainingSet | DenseTrainingSet:
+def build_dataset(
+    cfg: Config, source: Source | DenseSource, crop: int, patches: int, views: ViewCache | None = None
+) -> TrainingSet | DenseTrainingSet:
     """The training set's views: of images, or of images and targets where labels are learnt pixel by pixel."""
     if is_dense(source) and LABEL_CE in cfg.computed_losses:
         return DenseTrainingSet(source, crop, cfg.run.seed, patches)
     transform = TrainTransform(crop, cfg.data.augment)
-    return TrainingSet(source, transform, cfg.run.seed, patches, cfg.data.mask.ratio)  # type: ignore[arg-type]
-
-
-def _count_classes(cfg: Config, source: Source | DenseSource, teachers: list[Teacher]) -> int:
-    """Outputs of the student's head."""
-    counts = {
-        f"{key}.head": int(teacher.head.num_classes)  # type: ignore[arg-type]
-        for key, teacher in zip(cfg.all_teachers, teachers, strict=True)
-        if teacher.head
-    }
-    if len(set(counts.values())) > 1:
-        told = ", ".join(f"{key} {count}" for key, count in counts.items())
-        raise InputError(f"the student has one classifier, and its teachers' differ in their classes: {told}")
-    if counts:
-        return next(iter(counts.values()))
-    return len(source.classes) or int(source.labels.max()) + 1  # type: ignore[union-attr]
+    return TrainingSet(source, transform, cfg.run.seed, patches, cfg.data.mask.ratio, views)  # type: ignore[arg-type]
 
 
 def check_labels(cfg: Config, source: Source | DenseSource) -> None:
@@ -271,18 +242,9 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def summarise(
-    cfg: Config,
-    plan: Plan,
-    student: Encoder,
-    teachers: list[Teacher],
-    sizes: Sizes,
-    source: Source | DenseSource,
-    sampler: Sampler,
-    rate: float,
-    accelerator: Accelerator,
-) -> list[str]:
+def summarise(cfg: Config, parts: Parts, source: Source | DenseSource, accelerator: Accelerator) -> list[str]:
     """What the run is, in a few lines."""
+    sampler, plan, teachers, learners = parts.sampler, parts.plan, parts.teachers, parts.learners
 
     def size(encoder: Encoder) -> str:
         return f"{encoder.name} ({sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M)"
@@ -298,16 +260,25 @@ def summarise(
             learnt, losses = losses | learnt, {}
         facts = [size(teacher.encoder), *weighted(losses), *(["standardised"] if section.standardize else [])]
         lines.append(f"teacher  {', '.join(facts)}")
-    lines.append(f"student  {', '.join([size(student), *weighted(learnt)])}")
+    for learner in learners:
+        lines.append(f"student  {', '.join([size(learner.task.student), *weighted(learnt)])}")
     warmup = warmup_steps(cfg.schedule, plan.steps_per_epoch)
     warning = [f"warning: the warm-up of {warmup} steps takes the whole run"] if warmup >= plan.total_steps else []
     batch = f"{sampler.processes} x {sampler.batch_size} x {sampler.accumulate}"
+    rate, crop = learners[0].base_rate, learners[0].sizes.crop
     precision = "float32" if cfg.run.precision == "no" else cfg.run.precision
+    sizes = [line for learner in learners for line in describe_sizes(learner.cfg, learner.sizes, teachers)]
+    norms = [line for learner in learners for line in describe_norms(learner.task.student, accelerator)]
+    cached = (
+        f"targets  of {cfg.teacher_cache.views} views an image, from {cfg.teacher_cache.dir}"
+        if cfg.teacher_cache
+        else ""
+    )
     return [
         *lines,
-        *describe_sizes(cfg, sizes, teachers),
-        *describe_norms(student, accelerator),
-        f"data     {len(source):,} images at {sizes.crop} px, batch {sampler.images_per_step} ({batch}), lr {rate:.2e}",
+        *([cached] if cached else []),
+        *dict.fromkeys(sizes + norms),
+        f"data     {len(source):,} images at {crop} px, batch {sampler.images_per_step} ({batch}), lr {rate:.2e}",
         f"run      {plan.total_steps:,} steps of {plan.steps_per_epoch:,} an epoch, {accelerator.device.type}, "
         f"{precision}, in {cfg.run.dir}",
         *warning,

@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -14,15 +15,13 @@ import timm
 import torch
 import torchvision
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import proteus
 from proteus.engine.atomic import PENDING, remove_folder, write_folder
 from proteus.errors import InputError, RunError
-from proteus.training.task import Distillation
+from proteus.training.learner import Learner
 
 
 @dataclass
@@ -56,30 +55,32 @@ class Checkpoints:
     """`checkpoints/step_N/` of a run directory: whole or not there, the newest `keep` of them.
 
     A checkpoint is model.safetensors (student and heads), ema.safetensors, optimizer.pt, scaler.pt (fp16) and
-    progress.json. Random state is not among it: every draw is a function of the seed and the step.
+    progress.json; of several students the first three are in students/<name>/. Random state is not among it: every
+    draw is a function of the seed and the step.
     """
 
     def __init__(
         self,
         directory: Path,
         keep: int,
-        task: Distillation,
-        optimizer: AcceleratedOptimizer,
-        ema: ModelEmaV3 | None,
+        learners: Sequence[Learner],
         accelerator: Accelerator,
         networks: dict[str, str],
     ):
         self.folder, self._networks = directory / "checkpoints", networks
-        self._keep, self._task, self._optimizer, self._ema, self._accelerator = keep, task, optimizer, ema, accelerator
+        self._keep, self._learners, self._accelerator = keep, learners, accelerator
 
     def save(self, progress: Progress) -> None:
         """Write `step_N`, then delete what is older than the newest `keep`."""
 
         def fill(folder: Path) -> None:
-            save_file(_on_cpu(self._task), folder / "model.safetensors")
-            torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
-            if self._ema is not None:
-                save_file(_on_cpu(self._ema.module), folder / "ema.safetensors")
+            for learner in self._learners:
+                place = self._place(folder, learner)
+                place.mkdir(parents=True, exist_ok=True)
+                save_file(_on_cpu(learner.task), place / "model.safetensors")
+                torch.save(learner.optimizer.state_dict(), place / "optimizer.pt")
+                if learner.ema is not None:
+                    save_file(_on_cpu(learner.ema.module), place / "ema.safetensors")
             if self._accelerator.scaler is not None:
                 torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
             facts = asdict(progress) | {"environment": environment(self._accelerator), "networks": self._networks}
@@ -100,22 +101,17 @@ class Checkpoints:
 
         InputError where the checkpoint is of other networks, whose weights might fit all the same, or damaged.
         """
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        groups = [group for learner in self._learners for group in learner.optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             facts = json.loads((folder / "progress.json").read_text())
             then = facts.pop("environment")
             self._check_networks(facts.pop("networks"), folder)
             progress = Progress(**facts)
-            self._task.load_state_dict(load_file(folder / "model.safetensors"))
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            self._optimizer.load_state_dict(state)
+            for learner in self._learners:
+                _load(learner, self._place(folder, learner))
             if self._accelerator.scaler is not None and (folder / "scaler.pt").is_file():
                 self._accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
-            if self._ema is not None:
-                average = folder / "ema.safetensors"
-                # An average that begins now begins at the student.
-                state = load_file(average) if average.is_file() else self._task.student.state_dict()
-                self._ema.module.load_state_dict(state)
         except InputError:
             raise
         except Exception as error:  # readers of damaged files raise anything
@@ -124,7 +120,8 @@ class Checkpoints:
                 f"checkpoint {folder} is damaged or of another network ({type(error).__name__}: {message}); "
                 "delete it to go on from the one before, or give another run.dir"
             ) from None
-        for group, built in zip(self._optimizer.param_groups, settings, strict=True):
+        groups = [group for learner in self._learners for group in learner.optimizer.param_groups]
+        for group, built in zip(groups, settings, strict=True):
             group.update(built)  # the config's weight decay and betas, should they have changed
         now = environment(self._accelerator)
         return progress, [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
@@ -138,6 +135,9 @@ class Checkpoints:
         ]
         if changed:
             raise InputError(f"{folder} is of other networks: {'; '.join(changed)}; start another run.dir")
+
+    def _place(self, folder: Path, learner: Learner) -> Path:
+        return folder if len(self._learners) == 1 else folder / "students" / learner.name
 
     def half_written(self) -> list[str]:
         """Names of what is not whole. What a crash of ours left under a temporary name is deleted."""
@@ -160,6 +160,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
         (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
     ]
     return [path for _, path in sorted(numbered) if (path / "progress.json").is_file()]
+
+
+def _load(learner: Learner, folder: Path) -> None:
+    learner.task.load_state_dict(load_file(folder / "model.safetensors"))
+    learner.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    if learner.ema is not None:
+        average = folder / "ema.safetensors"
+        # An average that begins now begins at the student.
+        state = load_file(average) if average.is_file() else learner.task.student.state_dict()
+        learner.ema.module.load_state_dict(state)
 
 
 def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:

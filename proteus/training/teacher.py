@@ -9,15 +9,19 @@ from torch import Tensor, nn
 
 from proteus import config
 from proteus.config import Config
+from proteus.data.loader import Batch
 from proteus.models import Encoder, create_model
 from proteus.models.attention import use_attention
 from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from proteus.models.features import Features
 from proteus.models.heads import read_head
+from proteus.models.vit import VitEncoder
 from proteus.models.weights import find_official
 from proteus.training.resize import resize_images
 
 RANDOM = "random"  # teacher.checkpoint: an untrained network, for trying things out
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 CONVENTIONS = {
     "own": (None, None),
@@ -53,10 +57,14 @@ class Teacher:
         name: str,
     ):
         self.encoder = encoder.freeze().to(accelerator.device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        if accelerator.device.type == "cuda":
+            self.encoder.use_channels_last()
+        if dtype == "auto":
+            hold_in_precision(self.encoder, accelerator.mixed_precision)
         self.head = head.requires_grad_(False).eval().to(accelerator.device) if head else None
         self.classes = classes
         self.image_size, self.name = image_size, name
-        # auto: float32 weights, computing in the run's precision, as the student does.
+        # auto: computing in the run's precision, as the student does.
         self._autocast = accelerator.autocast if dtype == "auto" else contextlib.nullcontext
 
     # no_grad, not inference_mode: a loss saves its inputs for backward, and inference tensors refuse that.
@@ -67,10 +75,21 @@ class Teacher:
             return self.encoder(resize_images(images, self.image_size))
 
     @torch.no_grad()
-    def answer(self, images: Tensor) -> Answer:
-        """Features and logits of images [B, 3, S, S]."""
-        features = self(images)
+    def answer(self, batch: Batch) -> Answer:
+        """Features and logits of a batch on the device."""
+        features = self(batch.images)
         return Answer(features, self.head(features) if self.head else None)
+
+
+def hold_in_precision(encoder: Encoder, precision: str) -> None:
+    """Hold a transformer's weights of linear layers and convolutions as autocast would cast them at every call.
+
+    What the encoder computes under autocast is the same to the bit; half of its memory goes, and the casts.
+    """
+    if precision in HALVES and isinstance(encoder, VitEncoder):
+        for module in encoder.modules():
+            if type(module) in (nn.Linear, nn.Conv2d):  # a subclass may compute with its weight before
+                module.to(HALVES[precision])
 
 
 def find_weights(cfg: config.Teacher) -> str | None:
@@ -103,5 +122,5 @@ def _build_teacher(
     head, classes = read_head(cfg.head, encoder.embed_dim) if cfg.head else (None, [])
     teacher = Teacher(encoder, head, classes, accelerator, cfg.dtype, image_size, name)
     if cfg.compile:
-        teacher.encoder.compile()
+        teacher.encoder.compile(dynamic=False)
     return teacher

@@ -1,18 +1,13 @@
 """A score on held-out images chooses which of a run's weights are kept."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import broadcast
 
-from proteus.engine.atomic import write_file
-from proteus.models.heads import save_head
-from proteus.models.weights import save_encoder
 from proteus.training.state import Progress
 from proteus.training.task import Distillation
-from proteus.training.tune import merged
 
 
 class Validation(NamedTuple):
@@ -42,11 +37,3 @@ def keep_best(validation: Validation, task: Distillation, progress: Progress) ->
     if best:
         progress.best_score, progress.best_step = score, progress.step
     return score, best
-
-
-def write_student(task: Distillation, classes: list[str], directory: Path) -> None:
-    """student.safetensors, the backbone alone, and head.safetensors, its classifier where it has one."""
-    write_file(directory / "student.safetensors", lambda path: save_encoder(merged(task.student), path))
-    classifier = task.classifier
-    if classifier is not None:
-        write_file(directory / "head.safetensors", lambda path: save_head(classifier, classes, path))

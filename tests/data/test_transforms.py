@@ -1,5 +1,6 @@
 """Augmentation: a pure function of its key, equal to timm's; random erasing in two halves; the plain view."""
 
+import io
 import math
 import random
 
@@ -12,7 +13,17 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
 from proteus.config import Augment
-from proteus.data.transforms import Box, EvalTransform, TrainTransform, draw_box, fill_boxes, seeded
+from proteus.data.decode import decode
+from proteus.data.transforms import (
+    Box,
+    Crop,
+    EvalTransform,
+    TrainTransform,
+    crop_and_resize,
+    draw_box,
+    fill_boxes,
+    seeded,
+)
 from proteus.errors import InputError
 from proteus.models import create_model
 from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
@@ -54,20 +65,20 @@ def test_same_key_same_pixels_whatever_was_drawn_before(photo):
     np.random.seed(99)  # noqa: NPY002
     torch.manual_seed(99)
     again = [under((1, 2, position), TrainTransform(32, Augment()), photo) for position in reversed(range(40))][::-1]
-    for (pixels, box), (other, other_box) in zip(first, again, strict=True):
+    for (pixels, box, *_), (other, other_box, *_) in zip(first, again, strict=True):
         assert pixels.dtype == torch.uint8
         assert pixels.shape == (3, 32, 32)
         assert torch.equal(pixels, other)
         assert box == other_box
-    assert 2 <= sum(box is not None for _, box in first) <= 20  # a quarter of 40, give or take 3 sigma
+    assert 2 <= sum(view.box is not None for view in first) <= 20  # a quarter of 40, give or take 3 sigma
 
 
 def test_another_key_gives_other_pixels_and_boxes(photo):
     transform = TrainTransform(32, Augment(erasing=1.0))
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (5, 1, 2), (5, 2, 1), (1, 5, 2), (2**62, 0, 1), (2**62, 1, 0)]
     results = [under(key, transform, photo) for key in keys]
-    assert len({pixels.numpy().tobytes() for pixels, _ in results}) == len(keys)
-    assert len({box for _, box in results}) == len(keys)
+    assert len({view.pixels.numpy().tobytes() for view in results}) == len(keys)
+    assert len({view.box for view in results}) == len(keys)
 
 
 def test_all_three_generators_are_drawn_from_and_given_back(photo):
@@ -116,6 +127,106 @@ def test_seeding_nests(photo):
     assert torch.equal(inner[0], under((2, 2, 2), transform, photo)[0])
 
 
+# Crops
+
+
+def test_a_view_is_that_of_its_crop(photo):
+    transform = TrainTransform(32, Augment(**PLAIN))
+    flips = set()
+    for i in range(40):
+        view = under((0, 0, i), transform, photo)
+        top, left, height, width, flip = view.crop
+        seen = photo.crop((left, top, left + width, top + height)).resize((32, 32), Image.BICUBIC)
+        expected = np.asarray(seen.transpose(Image.FLIP_LEFT_RIGHT) if flip else seen).astype(int)
+        difference = np.abs(view.pixels.permute(1, 2, 0).numpy() - expected)
+        assert difference.max() <= 2
+        assert difference.mean() < 0.5
+        flips.add(flip)
+    assert flips == {True, False}
+
+
+def test_a_given_crop_is_shown_and_nothing_else_changes(photo):
+    """With the crop that would be drawn it is the same view; with another, the same augmentation and erasing of it."""
+    transform = TrainTransform(32, Augment(erasing=0.5))
+    other = Crop(3, 40, 50, 21, True)
+    for i in range(40):
+        drawn = under((0, 0, i), transform, photo)
+        with seeded(0, 0, i):
+            again = transform(photo, drawn.crop)
+            after = global_states()
+        with seeded(0, 0, i):
+            elsewhere = transform(photo, other)
+            assert global_states() == after  # every draw is made
+        assert torch.equal(again.pixels, drawn.pixels)
+        assert again[1:] == drawn[1:]
+        assert elsewhere.crop == other
+        assert elsewhere.box == drawn.box
+    plain = TrainTransform(32, Augment(**PLAIN))
+    assert torch.equal(under((0, 0, 1), plain, photo).pixels, under((0, 0, 1), plain, photo).pixels)
+    assert torch.equal(plain(photo, other).pixels, plain(photo, other._replace(flip=False)).pixels.flip(-1))
+
+
+@pytest.mark.parametrize("kind", ["array", "decoded"])
+def test_both_kinds_of_images_give_the_same_pixels(photo, kind):
+    """A decoder's tensor and Pillow's own memory."""
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=95)
+    image = decode(buffer)
+    plain = Image.open(buffer).convert("RGB")
+    if kind == "array":
+        image.load()  # which leaves Pillow's memory alone
+    assert (image.pixels is None) == (kind == "array")
+    transform = TrainTransform(48, Augment())
+    for i in range(20):
+        assert torch.equal(under((0, 0, i), transform, image).pixels, under((0, 0, i), transform, plain).pixels)
+
+
+def test_crops_of_tiny_images_hold_a_pixel():
+    transform = TrainTransform(8, Augment(**PLAIN))
+    for size in ((1, 1), (2, 1), (1, 3), (2, 2)):
+        image = Image.new("RGB", size, (200, 100, 50))
+        for i in range(30):
+            view = under((0, 0, i), transform, image)
+            assert 0 <= view.crop.top <= size[1] - view.crop.height < size[1]
+            assert 0 <= view.crop.left <= size[0] - view.crop.width < size[0]
+            assert torch.equal(view.pixels, torch.tensor([200, 100, 50]).byte().view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_resizing_is_close_to_pillow_at_any_scale():
+    rng = np.random.default_rng(0)
+    for width, height, size in ((3000, 2000, 224), (1200, 90, 56), (30, 20, 224), (224, 224, 224), (225, 223, 224)):
+        image = Image.fromarray(rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8))
+        image = image.resize((width, height), Image.BICUBIC)
+        ours = crop_and_resize(image, Crop(0, 0, height, width, False), size).permute(1, 2, 0).numpy()
+        difference = np.abs(np.asarray(image.resize((size, size), Image.BICUBIC)).astype(int) - ours)
+        assert difference.max() <= 4
+        assert difference.mean() < 0.3
+
+
+# On the device
+
+
+def test_randaugment_of_the_device_is_drawn_and_not_applied(photo):
+    here, there = TrainTransform(32, Augment(erasing=0.5)), TrainTransform(32, Augment(erasing=0.5, device=True))
+    plain = TrainTransform(32, Augment(**PLAIN))
+    drawn = 0
+    for i in range(40):
+        with seeded(0, 0, i):
+            applied = here(photo)
+            after = global_states()
+        with seeded(0, 0, i):
+            view = there(photo)
+            assert global_states() == after
+        assert torch.equal(view.pixels, under((0, 0, i), plain, photo).pixels)
+        assert (view.box, view.crop) == (applied.box, applied.crop)
+        assert applied.ops == []
+        if torch.equal(applied.pixels, view.pixels):
+            continue
+        drawn += 1
+        assert view.ops
+    assert drawn > 15
+
+
 # The recipe
 
 
@@ -162,7 +273,7 @@ def test_scale_bounds_the_share_of_the_area_that_is_seen():
         (32, {"auto_augment": "rand-m5-inc0", "erasing": 1.0}),
     ],
 )
-def test_pixels_and_box_sizes_are_those_of_timm(photo, size, settings):
+def test_draws_pixels_and_box_sizes_are_those_of_timm(photo, size, settings):
     cfg = Augment(**settings)
     crop_flip, augment, finish = create_transform(
         (3, size, size),
@@ -177,14 +288,19 @@ def test_pixels_and_box_sizes_are_those_of_timm(photo, size, settings):
         re_mode="pixel",
         separate=True,
     )
-    transform = TrainTransform(size, cfg)
+    transform, plain = TrainTransform(size, cfg), TrainTransform(size, Augment(**(settings | PLAIN)))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
     erased = 0
     for position in range(80):
-        pixels, box = under((11, 0, position), transform, photo)
+        pixels, box, *_ = under((11, 0, position), transform, photo)
+        resized = under((11, 0, position), plain, photo).pixels.permute(1, 2, 0).numpy()
         with seeded(11, 0, position):
-            theirs = augment(crop_flip(photo))
+            # Pillow's resize rounds otherwise than torch's, which RandAugment may magnify: it continues from ours.
+            difference = np.abs(np.asarray(crop_flip(photo)).astype(int) - resized)
+            theirs = augment(Image.fromarray(resized))
             final = finish(theirs)
+        assert difference.max() <= 2
+        assert difference.mean() < 0.5
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(theirs))
         noise = ((final - (pixels.float() / 255 - mean) / std).abs() > 1e-5).any(0)
         assert noise.any() == (box is not None)

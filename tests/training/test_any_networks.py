@@ -65,7 +65,7 @@ def test_a_step(run_here, tmp_path, monkeypatch, teachers, student, pixels):
             seen.extend(p.grad is not None and bool(p.grad.isfinite().all()) for p in group["params"])
         return finite_step(accelerator, optimizer, clip)
 
-    monkeypatch.setattr("proteus.training.loop.finite_step", step)
+    monkeypatch.setattr("proteus.training.learner.finite_step", step)
     assert (
         run_here(
             "teacher=null",

@@ -79,6 +79,10 @@ def scene(losses, label_ce=0.0, masked=0, **options):
     return task, teachers, batch
 
 
+def flops_of(task, teachers, batch):
+    return sum(training_flops([task], teachers, batch))
+
+
 TEACHES = B * (embedding(TEACHER) + blocks(TEACHER))  # the teacher's forward
 
 
@@ -88,18 +92,25 @@ def learns(images, masked=0):
 
 def test_a_step_by_hand():
     step = scene({"token": 1.0})
-    assert training_flops(*step) == TEACHES + learns(B) + 3 * product(B, STUDENT, TEACHER)
+    assert flops_of(*step) == TEACHES + learns(B) + 3 * product(B, STUDENT, TEACHER)
+
+
+def test_what_the_teacher_costs_is_told_apart_and_counts_once_for_several_students():
+    task, teachers, batch = scene({"token": 1.0})
+    alone = training_flops([task], teachers, batch)
+    assert alone.teachers == TEACHES
+    assert training_flops([task, task], teachers, batch) == (TEACHES, 2 * alone.students)
 
 
 def test_a_step_with_labels_by_hand():
     step = scene({"token": 1.0}, label_ce=1.0)
     heads = 3 * product(B, STUDENT, TEACHER) + 3 * product(B, STUDENT, CLASSES)
-    assert training_flops(*step) == TEACHES + learns(B) + heads
+    assert flops_of(*step) == TEACHES + learns(B) + heads
 
 
 def test_a_step_with_masked_images_by_hand():
     step = scene({"patch": 1.0}, masked=M)
-    assert training_flops(*step) == TEACHES + learns(B, M) + 3 * product(M * N, STUDENT, TEACHER)
+    assert flops_of(*step) == TEACHES + learns(B, M) + 3 * product(M * N, STUDENT, TEACHER)
 
 
 def test_a_step_of_a_frozen_student_by_hand():
@@ -107,19 +118,19 @@ def test_a_step_of_a_frozen_student_by_hand():
     task.student.freeze()
     head = 3 * product(B, STUDENT, TEACHER)  # the gradient of its input too, for the norm before it
     forward = B * (embedding(STUDENT) + blocks(STUDENT))
-    assert training_flops(task, teachers, batch) == TEACHES + forward + head
+    assert flops_of(task, teachers, batch) == TEACHES + forward + head
 
 
 def test_counting_leaves_everything_as_it_was():
     task, teachers, batch = scene({"token": 1.0, "feature": 1.0, "patch": 1.0}, 1.0, M, standardize=True)
-    answers = [teacher.answer(batch.images) for teacher in teachers]
+    answers = [teacher.answer(batch) for teacher in teachers]
     for _ in range(2):  # some way into a run
         sum(task(batch.images, batch.mask, answers, batch.labels).values()).backward()
     state = copy.deepcopy(task.state_dict())
     gradients = {name: parameter.grad.clone() for name, parameter in task.named_parameters()}
     random = torch.get_rng_state()
-    first = training_flops(task, teachers, batch)
-    assert first == training_flops(task, teachers, batch)
+    first = flops_of(task, teachers, batch)
+    assert first == flops_of(task, teachers, batch)
     assert torch.equal(torch.get_rng_state(), random)
     assert state["adaptors.0.standardizers.cls.count"] == 2 * B
     for key, value in task.state_dict().items():
@@ -137,7 +148,7 @@ def test_attention_is_torch_s_while_it_is_counted():
     seen = []
     for encoder in (task.student, teachers[0].encoder):
         encoder.network.blocks[0].attn.register_forward_pre_hook(lambda module, _: seen.append(module.attention))
-    training_flops(task, teachers, batch)
+    flops_of(task, teachers, batch)
     assert seen == ["sdpa", "sdpa"]  # xformers' kernels would count as nothing
 
 

@@ -39,21 +39,21 @@ def test_the_step_does_not_wait_for_the_device(run_here, settings):
     torch.cuda.set_sync_debug_mode("error")
     try:
         # One interval without logging in it; what start-up and the end of a run do is theirs.
-        from proteus.training import loop
+        from proteus.training.learner import Learner
 
-        seed_step, shown = loop._seed_step, []
+        learn, steps = Learner.learn, []
 
-        def only_inside(*args):
-            torch.cuda.set_sync_debug_mode("error" if 2 <= len(shown) < 8 else "default")
-            shown.append(args)
-            seed_step(*args)
+        def only_inside(self, batch, answers, step, micro):
+            torch.cuda.set_sync_debug_mode("error" if 2 <= len(steps) < 8 else "default")
+            steps.append(step)
+            learn(self, batch, answers, step, micro)
 
-        loop._seed_step = only_inside
+        Learner.learn = only_inside
         torch.cuda.set_sync_debug_mode("default")
         assert run_here("run.precision=bf16", "run.log_every=100", "run.save_every=100", *settings) == 0
-        assert len(shown) == 12
+        assert len(steps) == 12
     finally:
-        loop._seed_step = seed_step
+        Learner.learn = learn
         torch.cuda.set_sync_debug_mode("default")
 
 

@@ -14,10 +14,12 @@ from torch import nn
 
 from proteus.config import Optimizer
 from proteus.config_files import load_config
+from proteus.data.loader import Batch
 from proteus.engine.update import build_optimizer
 from proteus.losses import LOSSES, Projected, Target
 from proteus.models.encoder import CLIP_MEAN
 from proteus.training import start
+from proteus.training.networks import build_student
 from proteus.training.probe import Probe, split_source
 from proteus.training.resize import resize_images
 from proteus.training.standardize import EPS, Standardizer
@@ -162,15 +164,16 @@ def test_the_probe_looks_at_the_standardised_space_and_leaves_it_alone(taught):
     )
     teachers = build_teachers(cfg, accelerator)
     assert [teacher.encoder.mean for teacher in teachers] == [(0.5, 0.5, 0.5), CLIP_MEAN]  # each its own convention
-    student, sizes = start.build_student(cfg, teachers, accelerator)
+    student, sizes = build_student(cfg, teachers, accelerator)
     task = build_task(cfg, student, teachers, sizes, None, 0.0)
-    answers = [teacher.answer(torch.rand(8, 3, 24, 24)) for teacher in teachers]
+    batch = Batch(torch.rand(8, 3, 24, 24), torch.zeros(0, 36, dtype=torch.bool), None, [], [])
+    answers = [teacher.answer(batch) for teacher in teachers]
     task(torch.rand(8, 3, 24, 24), torch.zeros(0, sizes.mask[0] * sizes.mask[1], dtype=torch.bool), answers)
     before = {key: value.clone() for key, value in task.state_dict().items()}
     assert before["adaptors.0.standardizers.patch.count"] == 8 * 36
 
-    probe = Probe(cfg, *split_source(cfg), task, teachers, accelerator.device)
-    numbers = probe.measure()
+    probe = Probe(cfg, *split_source(cfg), sizes.crop, teachers, accelerator.device)
+    numbers = probe.measure(task)
     assert_same(task.state_dict(), before)
     assert task.training
     with torch.no_grad():
@@ -184,7 +187,7 @@ def test_the_probe_looks_at_the_standardised_space_and_leaves_it_alone(taught):
         for adaptor, tokens, label in zip(task.adaptors, wanted, (VIT, f"{VIT}_2"), strict=True):
             expected = torch.cosine_similarity(adaptor.heads["token"](cls), tokens).mean()
             assert numbers[f"cosine_cls/{label}"] == pytest.approx(expected.item(), abs=1e-5)
-    assert probe.measure() == numbers
+    assert probe.measure(task) == numbers
 
 
 def test_logits_of_two_teachers_share_a_classifier(run_here, taught, tmp_path, capsys):
@@ -405,7 +408,7 @@ def test_batch_statistics_are_of_all_gpus(tiny, device, processes, said):
     name = "student={name: timm/resnet10t}"
     cfg = load_config(str(tiny), [name, "teacher=null", "losses={label_ce: 1.0}", "data.image_size=64"])
     accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
-    student, sizes = start.build_student(cfg, [], accelerator)
+    student, sizes = build_student(cfg, [], accelerator)
     assert sizes.crop == sizes.student == 64
     assert start.describe_norms(student, accelerator) == said
     synced = [module for module in student.modules() if isinstance(module, nn.SyncBatchNorm)]
@@ -415,5 +418,5 @@ def test_batch_statistics_are_of_all_gpus(tiny, device, processes, said):
 def test_a_network_without_batch_statistics_says_nothing_of_them(tiny):
     accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
     cfg = load_config(str(tiny), ["teacher=null", "losses={label_ce: 1.0}"])
-    student, _ = start.build_student(cfg, [], accelerator)
+    student, _ = build_student(cfg, [], accelerator)
     assert start.describe_norms(student, accelerator) == []

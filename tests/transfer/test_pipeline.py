@@ -85,9 +85,9 @@ def test_one_stage_alone_is_done_again_where_its_folder_is_deleted(transfer_here
 def test_a_signal_stops_in_a_stage_and_the_same_command_goes_on(
     transfer_here, done_once, tmp_path, monkeypatch, update
 ):
-    from proteus.training import loop
+    from proteus.training import learner
 
-    updates, finite_step = 0, loop.finite_step
+    updates, finite_step = 0, learner.finite_step
 
     def interrupted(*args):
         nonlocal updates
@@ -96,7 +96,7 @@ def test_a_signal_stops_in_a_stage_and_the_same_command_goes_on(
             os.kill(os.getpid(), signal.SIGINT)
         return finite_step(*args)
 
-    monkeypatch.setattr(loop, "finite_step", interrupted)
+    monkeypatch.setattr(learner, "finite_step", interrupted)
     assert transfer_here() == 130
     assert updates == update
     assert not (tmp_path / "run" / "results.json").exists()
@@ -138,12 +138,12 @@ def test_another_setting_of_a_stage_that_is_done_is_refused(
 
 
 def test_another_setting_of_a_stage_that_was_stopped_is_refused(transfer_here, tmp_path, monkeypatch, capsys):
-    from proteus.training import loop
+    from proteus.training import learner
 
-    updates, finite_step = [], loop.finite_step
+    updates, finite_step = [], learner.finite_step
     with monkeypatch.context() as patch:
         patch.setattr(
-            loop,
+            learner,
             "finite_step",
             lambda *args: (
                 updates.append(1) or (len(updates) == 12 and os.kill(os.getpid(), signal.SIGINT)) or finite_step(*args)

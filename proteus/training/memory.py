@@ -1,0 +1,177 @@
+"""What a step needs in memory, and the largest batch that fits."""
+
+import os
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from proteus.config import Config
+from proteus.data.dense import DenseSource
+from proteus.data.loader import Batch
+from proteus.data.sources import Source
+from proteus.errors import InputError
+from proteus.training.learner import Learner
+from proteus.training.start import Parts, build_parts
+from proteus.training.state import list_checkpoints, read_progress
+
+SMALL, LARGE = 2, 4  # images of the two steps that are tried
+USED = {"cuda": 0.9, "cpu": 0.5}  # share of what is free that a batch may take: other programs live on a CPU's memory
+
+
+class Memory(NamedTuple):
+    """Bytes of one process: what stays between steps, and what a step adds, for any batch and for each image.
+
+    teachers: their weights. students: weights, AdamW's moments, the averages.
+    """
+
+    teachers: int
+    students: int
+    step: int
+    image: int
+
+    def total(self, images: int) -> int:
+        """At the peak of a step on so many images."""
+        return self.teachers + self.students + self.step + images * self.image
+
+
+class PeakMemory(TorchDispatchMode):
+    """Inside, tensors are counted from their making to their end; `peak` is the most bytes that were there at once.
+
+    Counted is what operators return, on any device; what a kernel uses inside of itself is not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage(), given)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in given or key in self._counted:  # a view, or what was there before
+            return
+        self._counted.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self._now -= size
+
+
+def measure_memory(parts: Parts, device: torch.device) -> Memory:
+    """The memory of a process, from two steps on a few images. They enter running statistics: the parts are spent."""
+    draws = parts.sampler.micro_batch(0, 0, 0)
+    peaks = []
+    for images in (SMALL, LARGE):
+        chosen = [
+            draws[i % len(draws)]._replace(masked=i < images * parts.sampler.mask_probability) for i in range(images)
+        ]
+        batch = parts.dataset.batch(chosen).to(device)
+        with torch.compiler.set_stance("force_eager"), PeakMemory() as counter:
+            _try_step(parts, batch)
+        peaks.append(counter.peak)
+        for learner in parts.learners:
+            learner.optimizer.zero_grad()
+    image = max(1, (peaks[1] - peaks[0]) // (LARGE - SMALL))
+    return Memory(
+        teachers=sum(_bytes(teacher.encoder) for teacher in parts.teachers),
+        students=sum(_state_bytes(learner) for learner in parts.learners),
+        step=max(0, peaks[0] - SMALL * image),
+        image=image,
+    )
+
+
+def _try_step(parts: Parts, batch: Batch) -> None:
+    answers = [teacher.answer(batch) for teacher in parts.answering]
+    for learner in parts.learners:
+        mask = batch.mask if len(batch.mask) else batch.mask.new_zeros(0, learner.patches)
+        sum(learner.task(batch.images, mask, answers, batch.labels).values()).backward()
+
+
+def _state_bytes(learner: Learner) -> int:
+    """Weights and buffers, the average, and AdamW's two moments; gradients are the step's."""
+    moments = 2 * sum(p.numel() * p.element_size() for p in learner.task.parameters() if p.requires_grad)
+    return _bytes(learner.task) + moments + (_bytes(learner.ema.module) if learner.ema is not None else 0)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def settle_batch_size(cfg: Config, source: Source | DenseSource, accelerator: Accelerator, directory: Path) -> Config:
+    """The config with a number for `run.batch_size: auto`: the most images that fit, on every process.
+
+    With `run.global_batch` it is the largest that micro-batches of one size make up, and `run.accumulate` their number;
+    the learning rate scales with the images of an update, as ever. A run that goes on keeps what it began with, as long
+    as it has as many processes. InputError where not even one image fits.
+    """
+    if cfg.run.batch_size != "auto":
+        return cfg
+    processes = accelerator.num_processes
+    if (kept := _begun_with(directory, processes)) is not None:
+        return _with_batch(cfg, *kept)
+    if cfg.run.global_batch and cfg.run.global_batch % processes:
+        raise InputError(f"run.global_batch={cfg.run.global_batch} is not divided by {processes} processes")
+    most = min(gather_object([_most_images(cfg, source, accelerator, directory)]))
+    if not cfg.run.global_batch:
+        return _with_batch(cfg, max(1, min(most // 8 * 8 or most, len(source) // processes)), 1)
+    share = cfg.run.global_batch // processes
+    size = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+    return _with_batch(cfg, size, share // size)
+
+
+def _most_images(cfg: Config, source: Source | DenseSource, accelerator: Accelerator, directory: Path) -> int:
+    """How many images of a micro-batch the memory that is free now holds."""
+    free = free_memory(accelerator)
+    parts = build_parts(_with_batch(cfg, LARGE, 1), source, accelerator, directory)
+    memory = measure_memory(parts, accelerator.device)
+    accelerator.free_memory()
+    fits = (free - memory.total(0)) // memory.image
+    if fits < 1:
+        raise InputError(
+            f"run.batch_size=auto: one image needs {memory.total(1) / 1e9:.1f} GB and {free / 1e9:.1f} GB may be used; "
+            "try student.grad_checkpointing=true, or smaller networks"
+        )
+    return fits
+
+
+def free_memory(accelerator: Accelerator) -> int:
+    """Bytes that this process may use: its share of what is free."""
+    if accelerator.device.type == "cuda":
+        return int(USED["cuda"] * torch.cuda.mem_get_info(accelerator.device)[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(USED["cpu"] * free) // accelerator.num_processes
+
+
+def _with_batch(cfg: Config, batch_size: int, accumulate: int) -> Config:
+    run = cfg.run.model_copy(update={"batch_size": batch_size, "accumulate": accumulate, "global_batch": None})
+    return cfg.model_copy(update={"run": run})
+
+
+def _begun_with(directory: Path, processes: int) -> tuple[int, int] | None:
+    """(batch size, accumulation) that a run with checkpoints has in its config.yaml."""
+    found = list_checkpoints(directory / "checkpoints")
+    try:
+        run = yaml.safe_load((directory / "config.yaml").read_text())["run"] if found else {}
+        size, accumulate = int(run["batch_size"]), int(run["accumulate"])
+        begun = read_progress(found[-1]).images_per_step == processes * size * accumulate
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return (size, accumulate) if begun else None
