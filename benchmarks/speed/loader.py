@@ -116,6 +116,7 @@ def rate(batches: Batches, count: int) -> float:
 
 def stages(folder: Path, packed_256: Source, count: int) -> dict[str, dict[str, float]]:
     """Milliseconds of one core that an image takes, by loader and stage."""
+    torch.set_num_threads(1)  # as in a worker; the processor time of threads that wait would count
     files = FolderSource(folder)
     chosen = range(min(count, len(files)))
     dataset = create_dataset("", str(folder))

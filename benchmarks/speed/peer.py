@@ -107,6 +107,7 @@ def measure(args: argparse.Namespace) -> tuple[timing.Times, dict[str, str]]:
             times: timing.Times = {name: [] for name in calls}
             for number in range(args.warm_up + args.rounds):
                 for name in list(calls)[:: -1 if number % 2 else 1]:
+                    calls[name]()  # a run's steps follow their own kind: the first after another one is slower
                     seconds = calls[name]()
                     if number >= args.warm_up:
                         times[name].append(seconds)

@@ -153,12 +153,9 @@ def compare_students(args: argparse.Namespace) -> dict[str, Any]:
         for learner, step in zip(together.learners, alone, strict=True)
         for key, value in numbers(step()).items()
     }
-    times = timing.in_turn(
-        {"alone": lambda: [step() for step in alone], "together": together},
-        args.rounds,
-        together.device,
-        calls=args.calls,
-    )
+    runs = {name: step for name, step in zip(args.students, alone, strict=True)} | {"together": together}
+    times = timing.in_turn(runs, args.rounds, together.device, calls=args.calls)
+    times["alone"] = [sum(own) for own in zip(*(times[name] for name in args.students), strict=True)]
     summary = timing.summarise(times, "alone")
     cost = 1 / summary["together"].speedup
     equal = "equal to the bit" if losses["together"] == losses["alone"] else "NOT equal"

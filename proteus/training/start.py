@@ -27,6 +27,7 @@ from proteus.data.sources import Source
 from proteus.data.transforms import TrainTransform
 from proteus.data.view_cache import ViewCache
 from proteus.engine.atomic import write_file
+from proteus.engine.heap import keep_freed_memory
 from proteus.engine.lock import RunLock
 from proteus.engine.schedule import warmup_steps
 from proteus.errors import InputError
@@ -58,6 +59,8 @@ def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory)),
         kwargs_handlers=[ddp],
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise InputError(
             f"accelerate is set to {accelerator.distributed_type.value}; a run is plain or data-parallel (DDP)"

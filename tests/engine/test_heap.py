@@ -1,0 +1,34 @@
+"""Freed memory stays with the process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COUNT = """
+import resource, torch
+from proteus.engine.heap import keep_freed_memory
+torch.set_num_threads(1)
+if {keep}:
+    keep_freed_memory()
+def step():
+    kept = [torch.ones(16, 2**18) for _ in range(20)]  # 20 blocks of 16 MB
+    del kept
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_a_second_step_fetches_nothing_from_the_kernel():
+    def faults(keep):
+        code = COUNT.format(keep=keep)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert faults(True) < 1000  # of the 81,920 pages that a step writes to
+    assert faults(False) > 10_000
