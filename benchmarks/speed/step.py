@@ -153,7 +153,7 @@ def compare_students(args: argparse.Namespace) -> dict[str, Any]:
         for learner, step in zip(together.learners, alone, strict=True)
         for key, value in numbers(step()).items()
     }
-    runs = {name: step for name, step in zip(args.students, alone, strict=True)} | {"together": together}
+    runs = dict(zip(args.students, alone, strict=True)) | {"together": together}
     times = timing.in_turn(runs, args.rounds, together.device, calls=args.calls)
     times["alone"] = [sum(own) for own in zip(*(times[name] for name in args.students), strict=True)]
     summary = timing.summarise(times, "alone")

@@ -160,7 +160,11 @@ def test_the_probe_compares_with_every_teacher(run_here, taught, tmp_path):
 def test_the_probe_looks_at_the_standardised_space_and_leaves_it_alone(taught):
     cfg = load_config(taught(FIRST | {"standardize": True, "image_size": 24}, SECOND), list(PROBE))
     accelerator = SimpleNamespace(
-        num_processes=1, device=torch.device("cpu"), autocast=nullcontext, local_main_process_first=nullcontext
+        num_processes=1,
+        device=torch.device("cpu"),
+        mixed_precision="no",
+        autocast=nullcontext,
+        local_main_process_first=nullcontext,
     )
     teachers = build_teachers(cfg, accelerator)
     assert [teacher.encoder.mean for teacher in teachers] == [(0.5, 0.5, 0.5), CLIP_MEAN]  # each its own convention
