@@ -15,7 +15,8 @@ if {keep}:
 def step():
     kept = [torch.ones(16, 2**18) for _ in range(20)]  # 20 blocks of 16 MB
     del kept
-step()
+for _ in range(5):  # the heap grows until its blocks, aligned as torch wants them, fit into what was freed
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -23,12 +24,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
-def test_a_second_step_fetches_little_from_the_kernel():
+def test_a_later_step_fetches_little_from_the_kernel():
     def faults(keep):
         code = COUNT.format(keep=keep)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
-    # A step writes to 81,920 pages. A heap that had to grow for some of them in the first step may do so once more.
-    assert faults(True) < 0.3 * faults(False)
+    assert faults(True) < 0.3 * faults(False)  # of the 81,920 pages that a step writes to
