@@ -28,6 +28,7 @@ setup(
         "datasets>=3.0",
         "pyarrow>=15.0",
         "torchmetrics>=1.4",
+        "psutil>=5.9",
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "tensorboard>=2.16",

@@ -94,6 +94,14 @@ class Student(Section):
     compile: Flag = False
     arch: Arch = {}
 
+    @model_validator(mode="after")
+    def _keeps_products(self) -> "Student":
+        if self.grad_checkpointing == "selective" and self.compile:
+            raise ValueError(
+                "grad_checkpointing: selective cannot see the products of compiled blocks; true can be used"
+            )
+        return self
+
 
 class Source(Section):
     """Where images come from."""
@@ -262,7 +270,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
-        if self.probe.split and self.data.kind in ("folder", "digits") and self.data.split in (None, self.probe.split):
+        if (
+            self.probe.split
+            and self.data.kind in ("folder", "packed", "digits")
+            and self.data.split in (None, self.probe.split)
+        ):
             raise ValueError(
                 f"probe.split={self.probe.split}: give data.split another split, or held-out images are trained on "
                 "(probe.split=null cuts them from the training set)"

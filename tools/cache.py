@@ -5,6 +5,7 @@ import os
 import sys
 
 from proteus.config_files import load_config
+from proteus.engine.compiled import keep_compiled
 from proteus.errors import InputError, RunError, UnreadableError
 
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", type=int, metavar="N", help="measure a finished cache's error again, on N views")
     parser.add_argument("override", nargs="*", help="key=value, such as teacher_cache.dir=/data/cache")
     args = parser.parse_intermixed_args(argv)
+    keep_compiled()
     try:
         cfg = load_config(args.cfg, args.override)
         if cfg.teacher_cache is None:

@@ -30,6 +30,7 @@ from proteus.data.loader import as_is
 from proteus.data.packed import INDEX, ROWS, SCHEMA, UNFINISHED, VERSION, file_hash, verify
 from proteus.data.sources import FolderSource, build_source
 from proteus.engine.atomic import PENDING, write_file
+from proteus.engine.lock import RunLock
 from proteus.errors import InputError
 
 SHARD_BYTES = 10**9  # of images, after which a shard is closed
@@ -86,12 +87,13 @@ class Packing:
     def resume(self) -> None:
         """Take up what `out` holds; InputError where that is anything but this packing, unfinished."""
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = RunLock(self.out)
         if (self.out / UNFINISHED).is_file():
             done = json.loads((self.out / UNFINISHED).read_text())
             if done["made"] != self.done["made"]:
                 raise InputError(f"--out {self.out} holds an unfinished packing of other images or another size")
             self.done = done
-        elif any(not path.name.startswith(PENDING) for path in self.out.iterdir()):
+        elif any(path.name != "lock" and not path.name.startswith(PENDING) for path in self.out.iterdir()):
             raise InputError(f"--out {self.out} is not empty: give a folder that is, or is not there yet")
         else:
             self._keep()

@@ -10,24 +10,22 @@ is the time that each stage takes of one core.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 from timm.data.loader import fast_collate
 
+from benchmarks.speed import timing
 from proteus.config import Augment
-from proteus.data.loader import TrainingSet, training_batches
+from proteus.data.loader import PREFETCH, TrainingSet, training_batches
 from proteus.data.packed import PackedSource
 from proteus.data.sampler import Draw, Sampler
 from proteus.data.sources import FolderSource, Source
@@ -40,8 +38,7 @@ SIZE, PATCHES = 224, 256
 WIDTH, HEIGHT = 500, 375  # ImageNet's typical size
 QUALITY = 90
 RECIPE = Augment()
-AHEAD = 10  # batches not counted: more than two workers keep ready, while the others have their turn
-Batches = Iterator[torch.Tensor]  # without end
+Batches = Generator[torch.Tensor, None, None]  # without end
 
 
 def make_images(folder: Path, count: int, root: Path | None) -> None:
@@ -102,9 +99,9 @@ def ours(source: Source, augment: Augment, batch: int, workers: int, device: tor
         yield (loaded._replace(ops=()) if device.type == "cpu" else loaded).to(device).images
 
 
-def rate(batches: Batches, count: int) -> float:
-    """Images a second over `count` batches."""
-    for _ in range(AHEAD):
+def rate(batches: Batches, count: int, ahead: int) -> float:
+    """Images a second over `count` batches, after `ahead` that the workers may have had ready."""
+    for _ in range(ahead):
         images = next(batches)
     start = time.perf_counter()
     for _ in range(count):
@@ -175,18 +172,21 @@ def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dic
     on_device = RECIPE.model_copy(update={"device": True})
     images = FolderSource(folder / "images")
     small, unchanged = PackedSource(folder / "small"), PackedSource(folder / "unchanged")
-    loaders = {
-        "timm": theirs(folder / "images", *common),
-        "ours": ours(images, RECIPE, *common),
-        "ours, packed unchanged": ours(unchanged, RECIPE, *common),
-        "ours, packed at 256": ours(small, RECIPE, *common),
-        "ours, augmentation on the device": ours(images, on_device, *common),
-        "ours, packed at 256, augmentation on the device": ours(small, on_device, *common),
+    loaders: dict[str, Callable[[], Batches]] = {
+        "timm": lambda: theirs(folder / "images", *common),
+        "ours": lambda: ours(images, RECIPE, *common),
+        "ours, packed unchanged": lambda: ours(unchanged, RECIPE, *common),
+        "ours, packed at 256": lambda: ours(small, RECIPE, *common),
+        "ours, augmentation on the device": lambda: ours(images, on_device, *common),
+        "ours, packed at 256, augmentation on the device": lambda: ours(small, on_device, *common),
     }
     rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for _ in range(args.rounds):
-        for name, batches in loaders.items():
-            rates[name].append(rate(batches, args.batches))
+    ahead = PREFETCH * args.workers + 2
+    for number in range(args.rounds):
+        for name in list(loaders)[:: -1 if number % 2 else 1]:
+            batches = loaders[name]()  # its workers live for its turn, else they would load into the others'
+            rates[name].append(rate(batches, max(args.batches, ahead), ahead))
+            batches.close()
     return rates
 
 
@@ -231,8 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         ratios = {name: _ratio(values, rates["timm"]) for name, values in rates.items()}
         result = {
-            "machine": {"device": str(device), "processor": platform.processor(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+            "machine": timing.machine(device),
             "settings": {key: value for key, value in vars(args).items() if isinstance(value, int)},
             "images_per_second": rates,
             "ratio_to_timm": ratios,

@@ -4,7 +4,8 @@ python -m benchmarks.speed.peer --python /path/to/environment/bin/python --root 
 
 LightlyTrain lives in an environment of its own (pip install lightly-train==0.18.0), whose Python is given; it trains by
 its `pretrain` with random weights, as ours does. Both train with the same networks, batch, threads and precision. Its
-processes stand still until they are told to make a step, so one step runs at a time, one of each variant in a round.
+processes stand still until they are told to make a step, so one step runs at a time. A round has two of each variant,
+the second of which is timed.
 
 A step is what comes after its batch has been loaded, on both sides: teacher, student, losses, backward, clipping,
 optimiser, and what either does besides (mixup and the queue there; the conversion from uint8 and the average of the

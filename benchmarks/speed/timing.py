@@ -46,7 +46,8 @@ def in_turn(
 ) -> Times:
     """Seconds a call of each variant in each round, one after the other, every second round in reversed order.
 
-    So a machine that heats up or is shared slows all of them alike. warm_up: calls of each before, not counted.
+    So a machine that heats up or is shared slows all of them alike. Each turn begins with a call that is not timed: it
+    finds caches and heap as another variant has left them. warm_up: calls of each before all turns.
     """
     for call in variants.values():
         for _ in range(warm_up):
@@ -54,6 +55,7 @@ def in_turn(
     times: Times = {name: [] for name in variants}
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
+            variants[name]()
             times[name].append(timed(variants[name], device, calls))
     return times
 

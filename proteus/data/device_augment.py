@@ -5,7 +5,7 @@ it and blends are truncated, not rounded. Largest differences to timm's operatio
 to 10, in levels of 255 (where float32 in place of Pillow's float64 falls on the other side of a level):
 
     lookups, blends, blur            none
-    Rotate, ShearX, ShearY           1, in 0.03 % of the values; mean over an image 0.001
+    Rotate, ShearX, ShearY           1, in 0.025 % of the values at most; mean over an image 0.001
     Translate, in pixels or shares   1, in 0.2 % of the values; mean over an image 0.003
 
 A level can decide more in the operation that follows. Under rand-m9-mstd0.5-inc1 four images in five are equal, and the

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from proteus.data.device_augment import Op
     from proteus.data.view_cache import ViewCache
 
+PREFETCH = 4  # batches that a worker keeps ready
 TRIES = 100  # images tried in a row before a batch is given up
 
 
@@ -168,7 +169,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=as_is,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # its own: the loader's start must not draw from the one that the step has seeded
     )

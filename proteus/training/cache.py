@@ -185,6 +185,10 @@ def check_facts(identity: dict[str, Any], facts: dict[str, str | int], directory
     """InputError, one line, where a cache was made with other facts."""
     made = identity.get("made_with", {})
     other = [name for name in {**made, **facts} if made.get(name) != facts.get(name)]
+    # Weights are held in the precision that they are computed in, so another precision alone makes other weights too.
+    other = [
+        name for name in other if not (name.endswith(".weights") and name[: -len("weights")] + "precision" in other)
+    ]
     if other:
         told = "; ".join(f"{name} was {_short(made.get(name))}, is {_short(facts.get(name))}" for name in other)
         raise InputError(f"{directory} is the cache of another run: {told}; give another teacher_cache.dir")

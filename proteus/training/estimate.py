@@ -1,5 +1,7 @@
 """What a run would cost, from a few steps on this machine and without starting it."""
 
+import contextlib
+import math
 import time
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from proteus.config import Config
-from proteus.data.loader import training_batches
+from proteus.data.loader import PREFETCH, training_batches
 from proteus.training import start
 from proteus.training.flops import training_flops
 from proteus.training.memory import measure_memory, settle_batch_size
@@ -17,7 +19,8 @@ WARM_UP, STEPS = 2, 10
 
 
 def estimate(cfg: Config) -> list[str]:
-    """Parameters, FLOPs an image, memory, measured images/s and hours of a run, a line each. Nothing is written.
+    """Parameters, FLOPs an image, memory, measured images/s and hours of a run, a line each. Nothing is
+    written into its directory.
 
     Under `accelerate launch` all processes take part, and the speed is of them together.
     """
@@ -64,15 +67,15 @@ def estimate(cfg: Config) -> list[str]:
 def _measure(cfg: Config, parts: start.Parts, accelerator: Accelerator) -> tuple[float, float]:
     """Images a second over all processes, and the share of the time that was spent waiting for data."""
     sampler, plan, _, answering, learners, dataset = parts
-    total = WARM_UP + STEPS
+    ready = math.ceil(PREFETCH * cfg.data.workers / cfg.run.accumulate)  # steps whose data the workers keep ready
+    total = WARM_UP + ready + STEPS
     batches = training_batches(dataset, sampler, 0, total, accelerator.process_index, cfg.data.workers)
     for learner in learners:
         learner.model.train()
-    began = waited = 0.0
-    for step in range(1, total + 1):
-        if step == WARM_UP + 1:
-            _wait(accelerator.device)
-            began, waited = time.perf_counter(), 0.0
+    waited = 0.0
+
+    def take_step(step: int) -> None:
+        nonlocal waited
         for micro in range(cfg.run.accumulate):
             before = time.perf_counter()
             batch = next(batches)
@@ -83,9 +86,18 @@ def _measure(cfg: Config, parts: start.Parts, accelerator: Accelerator) -> tuple
                 learner.learn(batch, answers, step, micro)
         for learner in learners:
             learner.update(plan.rate(step, learner.base_rate))
-    _wait(accelerator.device)
-    elapsed = time.perf_counter() - began
-    batches.close()
+
+    with contextlib.closing(batches):
+        for step in range(1, WARM_UP + 1):
+            take_step(step)
+        for _ in range(ready * cfg.run.accumulate):  # else the clock would see what was loaded before it was started
+            next(batches)
+        _wait(accelerator.device)
+        began, waited = time.perf_counter(), 0.0
+        for step in range(WARM_UP + 1, WARM_UP + STEPS + 1):
+            take_step(step)
+        _wait(accelerator.device)
+        elapsed = time.perf_counter() - began
     return STEPS * sampler.images_per_step / elapsed, waited / elapsed
 
 

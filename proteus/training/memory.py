@@ -1,14 +1,16 @@
 """What a step needs in memory, and the largest batch that fits."""
 
-import os
+import contextlib
+import math
 import weakref
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,7 +93,7 @@ def measure_memory(parts: Parts, device: torch.device) -> Memory:
             learner.optimizer.zero_grad()
     image = max(1, (peaks[1] - peaks[0]) // (LARGE - SMALL))
     return Memory(
-        teachers=sum(_bytes(teacher.encoder) for teacher in parts.teachers),
+        teachers=sum(_bytes(t.encoder) for t in parts.teachers if next(t.encoder.parameters()).device == device),
         students=sum(_state_bytes(learner) for learner in parts.learners),
         step=max(0, peaks[0] - SMALL * image),
         image=image,
@@ -125,11 +127,24 @@ def settle_batch_size(cfg: Config, source: Source | DenseSource, accelerator: Ac
     if cfg.run.batch_size != "auto":
         return cfg
     processes = accelerator.num_processes
-    if (kept := _begun_with(directory, processes)) is not None:
+    (kept,) = broadcast_object_list([_begun_with(directory, processes)])  # not all machines need see the directory
+    if kept is not None:
+        images = processes * kept[0] * kept[1]
+        if cfg.run.global_batch not in (None, images):
+            raise InputError(
+                f"run.global_batch={cfg.run.global_batch}: the run has begun with {images} images an update; "
+                "leave it, or start another run.dir"
+            )
         return _with_batch(cfg, *kept)
     if cfg.run.global_batch and cfg.run.global_batch % processes:
         raise InputError(f"run.global_batch={cfg.run.global_batch} is not divided by {processes} processes")
-    most = min(gather_object([_most_images(cfg, source, accelerator, directory)]))
+    free, memory = min(gather_object([_room(cfg, source, accelerator, directory)]), key=_fitting)
+    most = _fitting((free, memory))
+    if most < 1:
+        raise InputError(
+            f"run.batch_size=auto: one image needs {memory.total(1) / 1e9:.1f} GB and {free / 1e9:.1f} GB may be used; "
+            "try student.grad_checkpointing=true, or smaller networks"
+        )
     if not cfg.run.global_batch:
         return _with_batch(cfg, max(1, min(most // 8 * 8 or most, len(source) // processes)), 1)
     share = cfg.run.global_batch // processes
@@ -137,27 +152,37 @@ def settle_batch_size(cfg: Config, source: Source | DenseSource, accelerator: Ac
     return _with_batch(cfg, size, share // size)
 
 
-def _most_images(cfg: Config, source: Source | DenseSource, accelerator: Accelerator, directory: Path) -> int:
-    """How many images of a micro-batch the memory that is free now holds."""
+def _room(cfg: Config, source: Source | DenseSource, accelerator: Accelerator, directory: Path) -> tuple[int, Memory]:
+    """Bytes that this process may use, and what it needs."""
     free = free_memory(accelerator)
     parts = build_parts(_with_batch(cfg, LARGE, 1), source, accelerator, directory)
     memory = measure_memory(parts, accelerator.device)
     accelerator.free_memory()
-    fits = (free - memory.total(0)) // memory.image
-    if fits < 1:
-        raise InputError(
-            f"run.batch_size=auto: one image needs {memory.total(1) / 1e9:.1f} GB and {free / 1e9:.1f} GB may be used; "
-            "try student.grad_checkpointing=true, or smaller networks"
-        )
-    return fits
+    return free, memory
+
+
+def _fitting(room: tuple[int, Memory]) -> int:
+    """How many images of a micro-batch fit."""
+    free, memory = room
+    return (free - memory.total(0)) // memory.image
 
 
 def free_memory(accelerator: Accelerator) -> int:
     """Bytes that this process may use: its share of what is free."""
     if accelerator.device.type == "cuda":
         return int(USED["cuda"] * torch.cuda.mem_get_info(accelerator.device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(USED["cpu"] * free) // accelerator.num_processes
+    return int(USED["cpu"] * min(psutil.virtual_memory().available, _container_memory())) // accelerator.num_processes
+
+
+def _container_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the container has left; infinite where nothing limits it."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            return int((group / limit).read_text()) - int((group / used).read_text())
+    return math.inf
 
 
 def _with_batch(cfg: Config, batch_size: int, accumulate: int) -> Config:

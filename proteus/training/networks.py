@@ -48,7 +48,7 @@ def build_student(cfg: Config, teachers: list[Teacher], accelerator: Accelerator
 def compile_student(student: Encoder) -> None:
     """Compile its parts one by one, for training and for evaluation mode: blocks may differ in a constant."""
     parts = student.compile_parts()
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
+    torch._dynamo.config.recompile_limit += 4 * len(parts)  # counted by code, which the blocks of all students share
     for part in parts:
         part.compile(dynamic=False)
 

@@ -121,6 +121,9 @@ def build_parts(cfg: Config, source: Source | DenseSource, accelerator: Accelera
     views = None
     if cfg.teacher_cache:
         views, answering = open_cache(cfg, teachers, source, learners[0].sizes)
+        if not cfg.probe.every_epochs:  # nobody will ask the networks themselves
+            for teacher in teachers:
+                teacher.encoder.to("cpu")
     dataset = build_dataset(cfg, source, learners[0].sizes.crop, learners[0].patches, views)
     return Parts(sampler, plan, teachers, answering, learners, dataset)
 

@@ -13,7 +13,6 @@ from proteus.data.sources import FolderSource
 
 def test_it_measures_every_loader(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loader, "SIZE", 32)
-    monkeypatch.setattr(loader, "AHEAD", 2)
     out = tmp_path / "loader.json"
     argv = ["--images", "12", "--batch", "4", "--batches", "2", "--rounds", "2", "--workers", "0", "--out", str(out)]
     assert loader.main(argv) == 0
@@ -39,8 +38,8 @@ def test_a_ratio_is_the_median_of_those_of_a_round():
 def test_a_rate_leaves_out_the_batches_that_were_ready(monkeypatch):
     clock = iter([10.0, 12.0])
     monkeypatch.setattr(loader.time, "perf_counter", lambda: next(clock))
-    batches = iter([torch.zeros(7)] * (loader.AHEAD + 3))
-    assert loader.rate(batches, 3) == 3 * 7 / 2
+    batches = iter([torch.zeros(7)] * (5 + 3))
+    assert loader.rate(batches, 3, 5) == 3 * 7 / 2
     assert next(batches, None) is None
 
 

@@ -287,7 +287,7 @@ def test_variants_take_turns():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     times = timing.in_turn(calls, 2, torch.device("cpu"), calls=2)
-    assert "".join(order) == "abc" + "aabbcc" + "ccbbaa"
+    assert "".join(order) == "abc" + "aaabbbccc" + "cccbbbaaa"
     assert [len(own) for own in times.values()] == [2, 2, 2]
 
 

@@ -79,6 +79,11 @@ def test_selective_checkpointing_is_for_transformers(run_here, capsys):
     assert "grad_checkpointing=selective is for transformers" in capsys.readouterr().err
 
 
+def test_compiled_blocks_hide_their_products(run_here, capsys):
+    assert run_here("student.grad_checkpointing=selective", "student.compile=true") == 2
+    assert "student.grad_checkpointing: selective cannot see the products of compiled blocks" in capsys.readouterr().err
+
+
 def test_a_run_with_selective_checkpointing_is_the_same_run(run_here, tmp_path):
     assert run_here(directory="kept") == 0
     assert run_here("student.grad_checkpointing=selective", directory="again") == 0

@@ -1,6 +1,7 @@
 """`--plan`: what a run would cost, said before it is started."""
 
 import re
+import time
 
 from tools.train import main
 
@@ -37,3 +38,13 @@ def test_the_plan_of_several_students_names_each(run_here, capsys):
 def test_bad_input_is_said_before_anything_is_measured(tiny, capsys):
     assert main([f"--cfg={tiny}", "--plan", "student.name=proteus_vitx14"]) == 2
     assert "student.name" in capsys.readouterr().err
+
+
+def test_what_was_loaded_before_the_clock_started_does_not_count(run_here, monkeypatch, capsys):
+    from proteus.data.loader import TrainingSet
+
+    batch = TrainingSet.batch
+    monkeypatch.setattr(TrainingSet, "batch", lambda *args: time.sleep(0.2) or batch(*args))
+    assert run_here("--plan", "data.workers=2", "data.augment.auto_augment=null", "run.batch_size=8") == 0
+    speed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("speed"))
+    assert float(speed.split()[1]) < 1.2 * 2 * 8 / 0.2  # what two workers can load

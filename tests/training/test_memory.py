@@ -151,7 +151,26 @@ def test_the_memory_of_a_real_step_grows_with_its_images(run_here, tmp_path, mon
     assert line.teachers > 4 * 2 * 32 * 32 * 12
 
 
-def test_a_process_has_its_share_of_what_is_free(monkeypatch):
-    monkeypatch.setattr(memory.os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
+def test_a_process_has_its_share_of_what_is_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000))
+    monkeypatch.setattr(memory, "_container_memory", lambda: float("inf"))
     on_cpu = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
-    assert memory.free_memory(on_cpu) == 1000 * 4096 // 4
+    assert memory.free_memory(on_cpu) == 1_000_000
+    monkeypatch.setattr(memory, "_container_memory", lambda: 2_000_000)
+    assert memory.free_memory(on_cpu) == 500_000
+
+
+def test_a_container_has_less(tmp_path):
+    assert memory._container_memory(tmp_path) == float("inf")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    assert memory._container_memory(tmp_path) == float("inf")
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert memory._container_memory(tmp_path) == 4000
+
+
+def test_another_global_batch_than_a_run_began_with_is_refused(run_here, monkeypatch, capsys):
+    common = ("run.global_batch=48", "schedule.steps=1", "losses={token: 1.0}")
+    assert tried(run_here, monkeypatch, 48, *common) == 0
+    assert tried(run_here, monkeypatch, 48, "run.global_batch=96", *common[1:]) == 2
+    assert "run.global_batch=96: the run has begun with 48 images an update" in capsys.readouterr().err
