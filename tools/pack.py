@@ -10,9 +10,12 @@ its last whole shard when the command is given again.
 """
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import io
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -33,6 +36,8 @@ from proteus.engine.atomic import PENDING, write_file
 from proteus.engine.lock import RunLock
 from proteus.errors import InputError
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+LONGEST = 65_500  # pixels of a JPEG's side
 SHARD_BYTES = 10**9  # of images, after which a shard is closed
 MAX_BAD_SHARE, MAX_BAD_FILES = 0.01, 10  # of images that cannot be read: more than the one, at least the other
 
@@ -57,18 +62,20 @@ class Encoded(Dataset):
     def __getitem__(self, index: int) -> Row | None:
         try:
             data = Path(self.source.file(index)).read_bytes()
-            image = self.source.load(index)
+            smaller = shrunk(self.source.load(index), self.size, self.quality)
         except Exception:  # a decoder of a broken file may raise anything
             return None
-        return Row(index, shrunk(image, self.size, self.quality) or data, len(data))
+        return Row(index, smaller or data, len(data))
 
 
 def shrunk(image: Image.Image, size: int | None, quality: int) -> bytes | None:
-    """An image with its short side resized to `size`, as JPEG; None where it is not above it."""
+    """An image with its short side resized to `size`, as JPEG; None where it is no larger, or too long for a JPEG."""
     short = min(image.size)
     if size is None or short <= size:
         return None
     width, height = (round(side * size / short) for side in image.size)
+    if max(width, height) > LONGEST:
+        return None
     buffer = io.BytesIO()
     image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -89,8 +96,12 @@ class Packing:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(self.out)
         if (self.out / UNFINISHED).is_file():
-            done = json.loads((self.out / UNFINISHED).read_text())
-            if done["made"] != self.done["made"]:
+            try:
+                done = json.loads((self.out / UNFINISHED).read_text())
+                made = done["made"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.out / UNFINISHED} is damaged: delete {self.out} and start again") from None
+            if made != self.done["made"]:
                 raise InputError(f"--out {self.out} holds an unfinished packing of other images or another size")
             self.done = done
         elif any(path.name != "lock" and not path.name.startswith(PENDING) for path in self.out.iterdir()):
@@ -111,7 +122,14 @@ class Packing:
 
     def _rows(self, workers: int) -> Iterator[Row]:
         numbers = range(self.done["next"], len(self.source))
-        loader = DataLoader(self.encoded, batch_size=16, sampler=numbers, num_workers=workers, collate_fn=as_is)
+        loader = DataLoader(
+            self.encoded,
+            batch_size=16,
+            sampler=numbers,
+            num_workers=workers,
+            collate_fn=as_is,
+            worker_init_fn=_end_with_parent,
+        )
         progress = tqdm(chain.from_iterable(loader), "packing", len(self.source), initial=numbers.start, unit=" images")
         for number, row in zip(numbers, progress, strict=True):
             if row is not None:
@@ -167,6 +185,12 @@ class Packing:
         write_file(self.out / UNFINISHED, lambda path: path.write_text(json.dumps(self.done, indent=1)))
 
 
+def _end_with_parent(_: int) -> None:
+    # A worker that is handing over bytes when its parent is killed would wait for a reader for ever.
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def pack(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     cfg = Sources(**SourceConfig(root=args.root, split=args.split).model_dump())
@@ -205,6 +229,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 a disk failed, 2 bad input, 130 interrupted."""
     args = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.check:
             print(f"{args.check}: {verify(args.check)} images, every checksum is right")

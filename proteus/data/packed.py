@@ -7,13 +7,13 @@ unfinished.json:  in place of index.json while the packing goes on.
 
 import hashlib
 import io
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
 from proteus.data.decode import decode
 from proteus.errors import InputError
@@ -22,6 +22,23 @@ VERSION = 1
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 ROWS = 64  # of a batch of a shard; its last may have fewer
 SCHEMA = pa.schema([("image", pa.large_binary()), ("label", pa.int64()), ("name", pa.string())])
+
+
+class Shard(BaseModel):
+    """A file of a packed folder."""
+
+    file: str
+    rows: Annotated[int, Field(gt=0)]
+    bytes: int
+    sha256: str
+
+
+class Index(BaseModel):
+    """What index.json says, as far as readers need it."""
+
+    version: int
+    classes: list[str]
+    shards: Annotated[list[Shard], Field(min_length=1)]
 
 
 class PackedSource:
@@ -33,17 +50,19 @@ class PackedSource:
     def __init__(self, root: Path, use_labels: bool = True):
         self.root = root
         index = read_index(root)
-        self._shards = [root / shard["file"] for shard in index["shards"]]
-        self._ends = np.cumsum([shard["rows"] for shard in index["shards"]])
+        self._shards = [root / shard.file for shard in index.shards]
+        self._ends = np.cumsum([shard.rows for shard in index.shards])
         self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
         columns = []
-        for path, shard in zip(self._shards, index["shards"], strict=True):
-            _check_size(path, shard["bytes"])
-            columns.append(_labels(path, shard["rows"]))
+        for path, shard in zip(self._shards, index.shards, strict=True):
+            _check_size(path, shard.bytes)
+            columns.append(_labels(path, shard.rows))
         labels = pa.chunked_array(columns)
         labelled = use_labels and not labels.null_count
         self.labels: np.ndarray | None = labels.to_numpy() if labelled else None
-        self.classes: list[str] = index["classes"] if labelled else []
+        self.classes: list[str] = index.classes if labelled else []
+        if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise _damaged(root / INDEX, f"{len(self.classes)} classes for labels up to {self.labels.max()}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -65,19 +84,18 @@ class PackedSource:
         return self.__dict__ | {"_readers": {}}
 
 
-def read_index(root: Path) -> dict[str, Any]:
+def read_index(root: Path) -> Index:
     """What index.json says; InputError where there is none that can be used."""
     if (root / UNFINISHED).is_file():
         raise InputError(f"{root} is not packed to its end: run the same tools/pack.py command again, it goes on")
     try:
-        index = json.loads((root / INDEX).read_text(encoding="utf-8"))
-        version, _, _ = index["version"], index["shards"], index["classes"]
+        index = Index.model_validate_json((root / INDEX).read_bytes())
     except OSError as error:
         raise InputError(f"{root / INDEX}: {error.strerror}; tools/pack.py makes such a folder") from None
-    except (ValueError, KeyError, TypeError):
+    except ValidationError:
         raise InputError(f"{root / INDEX} is damaged: pack the images again (tools/pack.py)") from None
-    if version != VERSION:
-        raise InputError(f"{root / INDEX}: version {version}, {VERSION} is read here: pack the images again")
+    if index.version != VERSION:
+        raise InputError(f"{root / INDEX}: version {index.version}, {VERSION} is read here: pack the images again")
     return index
 
 
@@ -94,12 +112,12 @@ def open_shard(path: Path, columns: list[int] | None = None) -> pa.ipc.RecordBat
 def verify(root: Path) -> int:
     """Read every shard of a packed folder; returns how many images there are, InputError for the first damaged one."""
     index = read_index(root)
-    for shard in index["shards"]:
-        path = root / shard["file"]
-        _check_size(path, shard["bytes"])
-        if file_hash(path) != shard["sha256"]:
+    for shard in index.shards:
+        path = root / shard.file
+        _check_size(path, shard.bytes)
+        if file_hash(path) != shard.sha256:
             raise _damaged(path, "its checksum")
-    return sum(shard["rows"] for shard in index["shards"])
+    return sum(shard.rows for shard in index.shards)
 
 
 def file_hash(path: Path) -> str:
@@ -109,7 +127,11 @@ def file_hash(path: Path) -> str:
 
 
 def _labels(path: Path, rows: int) -> pa.Array:
-    column = open_shard(path, [SCHEMA.get_field_index("label")]).read_all().column("label").combine_chunks()
+    reader = open_shard(path, [SCHEMA.get_field_index("label")])
+    try:
+        column = reader.read_all().column("label").combine_chunks()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(path, str(error)) from None
     if len(column) != rows:
         raise _damaged(path, f"{len(column)} rows, not {rows}")
     return column

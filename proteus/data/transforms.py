@@ -85,7 +85,8 @@ class TrainTransform:
                     self._augment(Image.new("RGB", (size, size)))  # some names fail on their first image only
             except Exception as error:  # timm checks a name by stumbling over it
                 raise InputError(
-                    f"data.augment.auto_augment={cfg.auto_augment!r} is no RandAugment name of timm: {error}"
+                    f"data.augment.auto_augment={cfg.auto_augment!r} is no RandAugment name of timm"
+                    + (f": {error}" if str(error) else "; rand-m9-mstd0.5-inc1 is one")
                 ) from None
 
     def __call__(self, image: Image.Image, crop: Crop | None = None) -> View:

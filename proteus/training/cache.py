@@ -8,10 +8,11 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors.torch import load
 from torch import Tensor
 
@@ -32,6 +33,20 @@ from proteus.training.teacher import Answer, Teacher
 IDENTITY = "identity.json"  # {"made_with": facts, "components": hash, "error": what was measured, once it is finished}
 COMPONENTS = "components.safetensors"
 NAMES = 65_536  # images whose names tell whether a set is the same
+
+
+class _Identity(BaseModel):
+    """What has to be in identity.json, so that it can be relied on."""
+
+    made_with: dict[str, str | int]
+    components: str | None
+    error: Annotated[dict[str, Any], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "_Identity":
+        if self.error and self.made_with.get("teacher_cache.tokens") == "all" and not self.components:
+            raise ValueError("a finished cache of all tokens has components")
+        return self
 
 
 class Components(NamedTuple):
@@ -174,11 +189,15 @@ def read_identity(directory: Path) -> dict[str, Any] | None:
     """What a cache says of itself; None where there is none."""
     path = directory / IDENTITY
     try:
-        return json.loads(path.read_text())
+        data = path.read_bytes()
+        _Identity.model_validate_json(data)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give another teacher_cache.dir") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give another teacher_cache.dir") from None
+    except ValidationError:
+        raise InputError(f"{path} is damaged: delete {directory} and run tools/cache.py again") from None
+    return json.loads(data)
 
 
 def check_facts(identity: dict[str, Any], facts: dict[str, str | int], directory: Path) -> None:

@@ -135,8 +135,8 @@ def build_learners(
         first, own = learners[0].sizes, learners[-1].sizes
         if first.crop != own.crop or (sampler.masked and first.mask != own.mask):
             raise InputError(
-                f"students: {learners[0].name} sees {first.crop} px with masks on {first.mask[0]} x {first.mask[1]} "
-                f"patches, {name} {own.crop} px on {own.mask[0]} x {own.mask[1]}; they learn from the same views: set "
-                f"students.{len(learners) - 1}.image_size, or train it alone"
+                f"students: {learners[0].name} needs views of {first.crop} px and masks of {first.mask[0]} x "
+                f"{first.mask[1]} patches, {name} {own.crop} px and {own.mask[0]} x {own.mask[1]}; they learn from the "
+                "same: let students.N.image_size give them one grid, or train them one by one"
             )
     return learners

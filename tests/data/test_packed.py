@@ -282,3 +282,75 @@ def test_shards_are_mapped_once_and_by_each_process_for_itself(unchanged, monkey
         source.load(index)
     assert [path.name for path in opened] == [source._shards[0].name, source._shards[-1].name]
     assert pickle.loads(pickle.dumps(source))._readers == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index | {"shards": []},
+        lambda index: index | {"shards": [{}]},
+        lambda index: index | {"shards": 5},
+        lambda index: index | {"classes": None},
+        lambda index: index | {"classes": []},
+        lambda index: [],
+    ],
+    ids=["no shards", "empty shard", "a number", "no classes", "too few classes", "a list"],
+)
+def test_an_index_that_is_json_but_wrong_is_damaged(copy, change):
+    path = copy / INDEX
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert "is damaged" in told(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_note_of_unfinished_work_is_named(images, tmp_path, capsys, text):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / UNFINISHED).write_text(text)
+    assert "unfinished.json is damaged" in refused("--root", images, "--out", out, capsys=capsys)
+
+
+def test_a_shard_whose_middle_is_damaged_is_named(copy):
+    shard = copy / "shard_00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[8:700] = bytes(b ^ 0xFF for b in data[8:700])
+    shard.write_bytes(data)
+    assert "shard_00000.arrow is damaged" in told(copy)
+
+
+def test_an_image_too_long_for_a_jpeg_keeps_its_bytes(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (66_000, 257)).save(tmp_path / "in" / "long.png")
+    source = PackedSource(packed_from(tmp_path / "in", tmp_path / "out", "--size", "256"))
+    assert source.load(0).size == (66_000, 257)
+
+
+def test_two_packings_do_not_share_a_folder(images, tmp_path, capsys):
+    command = [sys.executable, "-c", "import sys; from proteus.engine.lock import RunLock; from pathlib import Path; "
+               f"lock = RunLock(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"]  # fmt: skip
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert "is in use by process" in refused("--root", images, "--out", tmp_path, capsys=capsys)
+        holder.stdin.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has it")
+def test_workers_end_with_a_killed_packing(tmp_path):
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    for number in range(400):
+        noise.save(tmp_path / "in" / f"{number}.jpg", quality=95)
+    command = [sys.executable, "-m", "tools.pack", "--root", tmp_path / "in", "--out", tmp_path / "out"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    end = time.monotonic() + 120
+    while len(workers := children.read_text().split()) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < end
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
+        assert time.monotonic() < end, "a worker outlives its packing"
+        time.sleep(0.05)

@@ -319,7 +319,7 @@ def test_a_cache_that_is_not_there_not_whole_or_damaged(opened, make, finished, 
     assert make(*CLS, "--check=16") == 2
     assert "is not finished" in capsys.readouterr().err
     (finished / "identity.json").write_text("{")
-    with pytest.raises(InputError, match=r"identity.json cannot be read"):
+    with pytest.raises(InputError, match=r"identity.json is damaged"):
         opened(*CLS)
     (finished / "identity.json").unlink()
     with pytest.raises(InputError, match=r"holds no teacher cache: make it by tools/cache.py"):

@@ -123,7 +123,7 @@ def test_the_probe_looks_at_each(run_here, several, tmp_path):
 def test_students_that_see_other_views_are_refused(run_here, several, capsys):
     coarse = {**WIDE, "arch": {**WIDE["arch"], "patch_size": 8}}
     assert run_here(cfg=several([SMALL, coarse])) == 2
-    assert "students.1.image_size" in capsys.readouterr().err
+    assert "needs views of 16 px and masks of 4 x 4 patches" in capsys.readouterr().err
     coarse["image_size"] = 16
     assert run_here(cfg=several([SMALL, coarse])) == 2  # masks of 2 x 2 patches
 
