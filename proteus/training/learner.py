@@ -81,10 +81,9 @@ class Learner:
         # What the network itself draws (drop path) is a function of the step, so no random state has to be saved.
         key = (self.cfg.run.seed, step, micro, self._accelerator.process_index)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        mask = batch.mask if len(batch.mask) else batch.mask.new_zeros(0, self.patches)
         last = micro == self.cfg.run.accumulate - 1
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self.model):
-            parts = self.model(batch.images, mask, answers, batch.labels)  # {"token": [], ...}, weighted
+            parts = self.model(batch.images, batch.mask, answers, batch.labels)  # {"token": [], ...}, weighted
             self._accelerator.backward(sum(parts.values()) / self.cfg.run.accumulate)
         self._losses.append({name: loss.detach() for name, loss in parts.items()})
 

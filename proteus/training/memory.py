@@ -103,8 +103,7 @@ def measure_memory(parts: Parts, device: torch.device) -> Memory:
 def _try_step(parts: Parts, batch: Batch) -> None:
     answers = [teacher.answer(batch) for teacher in parts.answering]
     for learner in parts.learners:
-        mask = batch.mask if len(batch.mask) else batch.mask.new_zeros(0, learner.patches)
-        sum(learner.task(batch.images, mask, answers, batch.labels).values()).backward()
+        sum(learner.task(batch.images, batch.mask, answers, batch.labels).values()).backward()
 
 
 def _state_bytes(learner: Learner) -> int:

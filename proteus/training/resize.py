@@ -19,7 +19,9 @@ def resize_images(images: Tensor, size: int) -> Tensor:
 
 
 def resize_mask(mask: Tensor, grid: Grid, target: Grid) -> Tensor:
-    """A mask [M, N] bool of a grid on another one [M, N'], by nearest neighbour."""
+    """A mask [M, N] bool of a grid on another one [M, N'], by nearest neighbour; where M is 0, of any grid."""
+    if not len(mask):  # of several students' grids it can be of one alone
+        return mask.new_zeros(0, target[0] * target[1])
     if grid == target:
         return mask
     cells = mask.unflatten(1, grid).unsqueeze(1).float()  # [M, 1, h, w]

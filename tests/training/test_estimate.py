@@ -35,6 +35,12 @@ def test_the_plan_of_several_students_names_each(run_here, capsys):
     assert students[0].split(",")[1:] == students[1].split(",")[1:]
 
 
+def test_students_of_other_patches_are_planned_where_no_patches_are_compared(run_here, capsys):
+    vit = "{name: timm/vit_tiny_patch16_224, arch: {patch_size: %d, embed_dim: 16, depth: 1, num_heads: 2}}"
+    assert run_here("--plan", "student=null", f"students=[{vit % 4}, {vit % 8}]", "losses={token: 1.0}") == 0
+    assert sum(line.startswith("student") for line in capsys.readouterr().out.splitlines()) == 2
+
+
 def test_bad_input_is_said_before_anything_is_measured(tiny, capsys):
     assert main([f"--cfg={tiny}", "--plan", "student.name=proteus_vitx14"]) == 2
     assert "student.name" in capsys.readouterr().err
