@@ -4,7 +4,7 @@ BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2
 
-.PHONY: setup demo demo-teacher bench test test-slow check clean
+.PHONY: setup demo demo-teacher bench test test-slow faults check clean
 
 setup: .venv/installed
 
@@ -39,6 +39,9 @@ test: setup  ## in two processes, of one thread each
 
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --slow -m slow
+
+faults: setup  ## harm real runs in every way that docs/reliability.md names, as often as it says
+	$(BIN)/python -m pytest -n 2 --thorough tests/faults
 
 check: setup
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ setup(
         "timm>=1.0.31",
         XFORMERS,
         "accelerate>=1.2",
-        "datasets>=3.0",
+        "datasets>=4.0",
         "pyarrow>=15.0",
         "torchmetrics>=1.4",
         "psutil>=5.9",

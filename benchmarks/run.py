@@ -27,7 +27,7 @@ if not __package__:  # run as a file: the folder above is what `benchmarks` is f
 from benchmarks.result import Model, NotRun, Result, Results, Role, read_result, write_json, write_text
 from benchmarks.task import Task, all_tasks, choose_tasks, with_heads
 from proteus import __version__
-from proteus.errors import InputError, MissingDataError, RunError, UnreadableError
+from proteus.errors import FAILURES, InputError, MissingDataError, RunError, UnreadableError, say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,10 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         tasks, by_name = choose_tasks(args.tasks)
         # Importing torch takes seconds: what is wrong with the command line is said before.
         failed = _run(args, tasks, set(tasks) if args.strict else by_name)
-    except (InputError, RunError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+    except FAILURES as error:
+        return say(error, about=str(args.out))
     except KeyboardInterrupt:
         print(f"\nstopped; what is finished is in {args.out}, the same command goes on from there", file=sys.stderr)
         return 130

@@ -75,6 +75,7 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     losses: dict[str, NonNegative] | None = None  # its own weights; null: the run's
     standardize: Flag = False  # bring each dimension of its tokens to mean 0 and variance 1
+    shard: Flag = False  # share its weights out among the processes, for one that no device holds whole
     head: str | None = None  # a linear classifier on the teacher's features, for the losses on logits
     compile: Flag = False
     arch: Arch = {}  # arguments of the network, for `timm/...` names
@@ -154,6 +155,7 @@ class Data(Sources):
     augment: Augment = Augment()
     mask: Mask = Mask()
     workers: Annotated[int, Field(ge=0)] = 8
+    timeout: Annotated[float, Field(gt=0)] = 600  # seconds without a batch from the workers at which the run stops
     max_bad_share: Probability = 0.01  # the run stops when more than this share of the files ...
     max_bad_files: Annotated[int, Field(ge=0)] = 10  # ... and at least this many cannot be read
 

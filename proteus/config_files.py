@@ -6,6 +6,7 @@ does not fit the tree is one clear line that names the key. Nothing here imports
 
 import difflib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -17,9 +18,15 @@ from proteus.errors import InputError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
+MAX_BASES = 10  # files that a config stands on
+MAX_VALUES = 100_000  # of a file with its aliases written out: a few lines of them may stand for billions
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-4 is a number, 2024-01-02 and no are texts, and a key stands once."""
+    """YAML as people mean it: 1e-4 is a number, 2024-01-02 and no are texts, and a key stands once.
+
+    A safe loader's tags make numbers, texts, lists and mappings, and nothing else.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":bool"))]
@@ -27,11 +34,16 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, times in keys.items():
+            if times > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "too many keys are merged", node.start_mark)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
@@ -90,21 +102,36 @@ def _find(name: str, beside: Path, library: Path = CONFIGS) -> Path:
 def read_tree(path: Path, library: Path = CONFIGS, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file as nested dictionaries, on top of the file that its `base` names, beside it or in the library.
 
-    InputError where it is none.
+    InputError where it is none, or where files stand on each other without end.
     """
     path = path.resolve()
     if path in children:
         raise InputError(f"{path}: base leads back to the file itself")
+    if len(children) > MAX_BASES:
+        raise InputError(f"{path}: more than {MAX_BASES} files stand on each other by base, from {children[0]} on")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except Exception as error:  # a tag's own reader may raise anything
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
         return tree
     return _merge(read_tree(_find(str(base), path.parent, library), library, (*children, path)), tree)
+
+
+def _parse(text: str) -> Any:
+    """A text's YAML, of bounded size; raises whatever its readers do where it is none."""
+    tree = yaml.load(text, Loader=_Loader)
+    values, seen = [tree], 0
+    while values:
+        value = values.pop()
+        seen += 1
+        if seen > MAX_VALUES:  # or without end, where an alias stands inside of what it names
+            raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list | set | tuple) else ()
+    return tree
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +155,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
             below = branch[place] = {}
         branch = below
     try:
-        parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
+        parsed = _parse(value)
+    except Exception:  # as above; a text then
         parsed = value
     branch[_place(branch, leaf, key)] = parsed
 

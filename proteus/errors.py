@@ -1,6 +1,8 @@
 """The errors a user can cause or has to act on, and how they are said."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -27,12 +29,36 @@ class RunError(Exception):
     """A run cannot go on (it diverged, say): the command line prints the one line and exits with status 1."""
 
 
+class WorkerError(RunError):
+    """The data workers of one process of a run fail it: it is that process that says so."""
+
+
+class PeerError(RunError):
+    """Another process of a run is no more: each of those that are left says so, as it may be the one to say things."""
+
+
 class Stopped(Exception):
     """A signal stopped a run of several stages; the same command goes on from there. Exit status 128 + signum."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+FAILURES = (InputError, RunError, OSError)  # what `say` says
+
+
+def say(error: InputError | RunError | OSError, about: str) -> int:
+    """Print an error, a line for each thing that is wrong, and return the exit status that it stands for.
+
+    All processes of a run come to the same error, and one a machine says it; what only one has met, that one says.
+    about: what a failure of the operating system that names no file is about.
+    """
+    met_alone = isinstance(error, UnreadableError | WorkerError | PeerError | OSError)
+    if met_alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        text = f"{error.filename or about}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
+    return 2 if isinstance(error, InputError) else 1
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

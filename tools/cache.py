@@ -1,12 +1,11 @@
 """Compute a teacher's targets once:  accelerate launch tools/cache.py --cfg proteus_s14.yaml teacher_cache.dir=DIR"""
 
 import argparse
-import os
 import sys
 
 from proteus.config_files import load_config
 from proteus.engine.compiled import keep_compiled
-from proteus.errors import InputError, RunError, UnreadableError
+from proteus.errors import FAILURES, InputError, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,14 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         check_inputs(cfg, "auto")
         make_cache(cfg, args.yes, args.check)
         PartialState().destroy_process_group()
-    except (InputError, RunError) as error:
-        # All processes come to the same error, and one a machine says it; what only one has met, that one says.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:
-        print(f"error: {error.filename or 'teacher_cache.dir'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+    except FAILURES as error:
+        return say(error, about="teacher_cache.dir")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what is done", file=sys.stderr)
         return 130

@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from proteus.errors import InputError, RunError
+from proteus.errors import FAILURES, InputError, RunError, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         _export(args)
         if args.push:
             _push(args.out, args.push)
-    except (InputError, RunError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+    except FAILURES as error:
+        return say(error, about=str(args.out))
     return 0
 
 

@@ -10,33 +10,31 @@ its last whole shard when the command is given again.
 """
 
 import argparse
-import contextlib
-import ctypes
 import hashlib
 import io
 import json
 import signal
 import sys
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from proteus.config import Source as SourceConfig
 from proteus.config import Sources
-from proteus.data.loader import as_is
 from proteus.data.packed import INDEX, ROWS, SCHEMA, UNFINISHED, VERSION, file_hash, verify
-from proteus.data.sources import FolderSource, build_source
+from proteus.data.sources import FolderSource, build_source, one_line
+from proteus.data.workers import load_batches, note
 from proteus.engine.atomic import PENDING, write_file
 from proteus.engine.lock import RunLock
-from proteus.errors import InputError
+from proteus.errors import FAILURES, InputError, say
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+TOGETHER = 16  # images that a worker hands over at once
 LONGEST = 65_500  # pixels of a JPEG's side
 SHARD_BYTES = 10**9  # of images, after which a shard is closed
 MAX_BAD_SHARE, MAX_BAD_FILES = 0.01, 10  # of images that cannot be read: more than the one, at least the other
@@ -60,6 +58,7 @@ class Encoded(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Row | None:
+        note(index)
         try:
             data = Path(self.source.file(index)).read_bytes()
             smaller = shrunk(self.source.load(index), self.size, self.quality)
@@ -122,26 +121,19 @@ class Packing:
 
     def _rows(self, workers: int) -> Iterator[Row]:
         numbers = range(self.done["next"], len(self.source))
-        loader = DataLoader(
-            self.encoded,
-            batch_size=16,
-            sampler=numbers,
-            num_workers=workers,
-            collate_fn=as_is,
-            worker_init_fn=_end_with_parent,
-        )
-        progress = tqdm(chain.from_iterable(loader), "packing", len(self.source), initial=numbers.start, unit=" images")
+        loaded = load_batches(self.encoded, lambda done: islice(_batches(numbers), done, None), workers)
+        progress = tqdm(chain.from_iterable(loaded), "packing", len(self.source), initial=numbers.start, unit=" images")
         for number, row in zip(numbers, progress, strict=True):
             if row is not None:
                 yield row
                 continue
             bad = self.done["bad"]
             bad.append(self.source.name(number))
-            progress.write(f"unreadable, left out: {bad[-1]}", file=sys.stderr)
+            progress.write(f"unreadable, left out: {one_line(bad[-1])}", file=sys.stderr)
             if len(bad) > MAX_BAD_SHARE * len(self.source) and len(bad) >= MAX_BAD_FILES:
                 raise InputError(
                     f"{len(bad)} of {len(self.source)} images under {self.source.root} cannot be read, more than "
-                    f"{MAX_BAD_SHARE:.0%}; the last is {bad[-1]}"
+                    f"{MAX_BAD_SHARE:.0%}; the last is {one_line(bad[-1])}"
                 )
 
     def _write_shard(self, rows: Iterator[Row]) -> None:
@@ -185,10 +177,8 @@ class Packing:
         write_file(self.out / UNFINISHED, lambda path: path.write_text(json.dumps(self.done, indent=1)))
 
 
-def _end_with_parent(_: int) -> None:
-    # A worker that is handing over bytes when its parent is killed would wait for a reader for ever.
-    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _batches(numbers: range) -> Iterator[range]:
+    return (numbers[start : start + TOGETHER] for start in range(0, len(numbers), TOGETHER))
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -235,12 +225,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.check}: {verify(args.check)} images, every checksum is right")
         else:
             pack(args)
-    except InputError as error:
-        print("\n".join(f"error: {line}" for line in error.lines), file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.out or args.check}: {error.strerror or error}", file=sys.stderr)
-        return 1
+    except FAILURES as error:
+        return say(error, about=str(args.out or args.check))
     except KeyboardInterrupt:
         print("\nstopped; whole shards are kept, the same command goes on from there", file=sys.stderr)
         return 130

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from proteus.errors import InputError, RunError
+from proteus.errors import FAILURES, InputError, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,12 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         from proteus.transfer.retrieval.run import Request, retrieve
 
         retrieve(Request(**{**vars(args), "exclude": tuple(args.exclude)}))
-    except (InputError, RunError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
-        return 1
+    except FAILURES as error:
+        return say(error, about=str(args.out))
     except KeyboardInterrupt:
         print("\nstopped; what is embedded is kept, the same command goes on from there", file=sys.stderr)
         return 130

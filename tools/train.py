@@ -1,12 +1,11 @@
 """Distil a teacher into a student:  accelerate launch tools/train.py --cfg proteus_l14.yaml data.root=/data/imagenet"""
 
 import argparse
-import os
 import sys
 
 from proteus.config_files import load_config
 from proteus.engine.compiled import keep_compiled
-from proteus.errors import InputError, RunError, UnreadableError
+from proteus.errors import FAILURES, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         # Importing torch takes seconds: what is wrong with the config is said before.
         from accelerate import PartialState
 
+        from proteus.engine.peers import peers_needed
         from proteus.training.loop import train
         from proteus.training.preflight import check_inputs
 
@@ -34,13 +34,14 @@ def main(argv: list[str] | None = None) -> int:
             if PartialState().is_main_process:
                 print("\n".join(lines))
         else:
-            signum = train(cfg, args.resume)
+            with peers_needed():
+                signum = train(cfg, args.resume)
         PartialState().destroy_process_group()
-    except (InputError, RunError) as error:
-        # All processes come to the same error, and one a machine says it; what only one has met, that one says.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+    except FAILURES as error:
+        return say(error, about="run.dir")
+    except KeyboardInterrupt:  # before the first step, or after the last
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 128 + signum if signum else 0
 
 

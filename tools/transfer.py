@@ -1,13 +1,12 @@
 """A small model for a task with few labels:  accelerate launch tools/transfer.py --cfg transfer/digits.yaml"""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from proteus.config_files import load_config
 from proteus.engine.compiled import keep_compiled
-from proteus.errors import InputError, RunError, Stopped, UnreadableError
+from proteus.errors import FAILURES, Stopped, say
 from proteus.transfer.config import TransferConfig
 
 
@@ -52,14 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         seeds = cfg.run.seeds if args.compare else 1
         transfer(cfg, methods, list(range(cfg.run.seed, cfg.run.seed + seeds)))
         PartialState().destroy_process_group()
-    except (InputError, RunError) as error:
-        # All processes come to the same error, and one a machine says it; what only one has met, that one says.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnreadableError):
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:
-        print(f"error: {error.filename or cfg.run.dir}: {error.strerror or error}", file=sys.stderr)
-        return 1
+    except FAILURES as error:
+        return say(error, about="run.dir")
     except Stopped as stop:
         return 128 + stop.signum
     except KeyboardInterrupt:

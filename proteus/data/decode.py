@@ -1,8 +1,12 @@
 """Image files to pixels."""
 
 import io
+import os
+import stat
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -11,6 +15,12 @@ from torch import Tensor
 from torchvision import io as torchvision_io
 
 JPEG = b"\xff\xd8\xff"  # what every JPEG file begins with
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**63)  # of an image, 179 million: where Pillow says decompression bomb
+# What a set of images may hold. Pillow knows more, and runs a program of its own for some (EPS).
+Image.init()
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
+FORMATS = [name for name in FORMATS if name in Image.OPEN]
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of JPEG's segment that holds the size
 
 
 class DecodedImage(Image.Image):
@@ -35,24 +45,38 @@ class DecodedImage(Image.Image):
 
 
 def decode(file: Path | str | io.BytesIO) -> Image.Image:
-    """An image file as RGB; raises whatever the decoder raises where it is broken.
+    """An image file as RGB; raises whatever the decoder raises where it is broken, or too large to be one in earnest.
 
     JPEG goes through torchvision, whose pixels are Pillow's, in about 0.6 of its time; every other format, a JPEG of
-    four components and one that torchvision refuses go through Pillow. An orientation in EXIF is not applied.
+    four components and one that torchvision refuses go through Pillow. An orientation in EXIF is not applied, of
+    several frames the first counts, transparency is left out. Pixels that are floats are an error: what is white?
     """
+    if not isinstance(file, io.BytesIO) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(f"{file} is no file")  # a pipe would be waited for, a device has no end
     with nullcontext(file) if isinstance(file, io.BytesIO) else open(file, "rb") as stream:
         stream.seek(0)
         begin = stream.read(len(JPEG))
         if begin == JPEG and (decoded := _decode_jpeg(begin + stream.read())):
             return decoded
         stream.seek(0)
-        with Image.open(stream) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255, not scale
-                return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata, a palette's transparency: nobody at a run can do anything
+            return _decode_by_pillow(stream)
+
+
+def _decode_by_pillow(stream: IO[bytes]) -> Image.Image:
+    with Image.open(stream, formats=FORMATS) as image:
+        if image.mode == "F":
+            raise ValueError("pixels are floats, whose range is not known")
+        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255, not scale
+            return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 def _decode_jpeg(data: bytes) -> Image.Image | None:
+    width, height = _jpeg_size(data)
+    if not 0 < width * height <= MAX_PIXELS:  # torchvision would take any amount of memory
+        return None
     try:
         pixels = torchvision_io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     # Pillow may read it, or say better what is wrong. torchvision has announced that its decoders will go.
@@ -61,3 +85,16 @@ def _decode_jpeg(data: bytes) -> Image.Image | None:
     if len(pixels) == 1:
         return Image.fromarray(pixels[0].numpy()).convert("RGB")
     return DecodedImage(pixels) if len(pixels) == 3 else None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """(width, height) as a JPEG's header has it; (0, 0) where none is found."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in FRAMES:
+            height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+        # 0xFF may be repeated before a marker; other segments tell their length.
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0, 0

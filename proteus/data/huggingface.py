@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from proteus.data.decode import decode
@@ -95,7 +96,11 @@ def _load_dataset(root: str, split: str | None, download: bool, config: str | No
     import datasets
 
     local = Path(root).expanduser()
+    if root == "pandas":  # which some versions take for a reader of all pickles in the current folder
+        raise InputError(f"{where}: is no data set")
     try:
+        if local.is_dir():
+            _refuse_addresses(local)
         with _network(download and not local.exists()):
             if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
                 return _split_on_disk(datasets.load_from_disk(str(local)), split)
@@ -111,6 +116,16 @@ def _load_dataset(root: str, split: str | None, download: bool, config: str | No
         hint = "" if local.exists() or download else "; data.download=true may fetch it from the hub"
         message = " ".join(str(error).split())[:300]
         raise InputError(f"{where}, split {split or 'train'!r}: {message}{hint}") from None
+
+
+def _refuse_addresses(folder: Path) -> None:
+    """ValueError where the card of a folder names files of the network: `datasets` would fetch them even offline."""
+    for card in (folder / "README.md", folder / ".huggingface.yaml"):
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        front = text.split("---")[1] if text.startswith("---") else text if card.suffix == ".yaml" else ""
+        facts = yaml.safe_load(front)
+        if isinstance(facts, dict) and "://" in str(facts.get("configs")):
+            raise ValueError(f"{card} names files by address; fetch them and name them as files")
 
 
 def _split_on_disk(loaded: Any, split: str | None) -> Any:

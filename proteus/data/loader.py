@@ -1,18 +1,18 @@
 """From draws to batches: decoding, augmenting, masking, and what happens to an image that cannot be read."""
 
-import os
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from proteus.data.dense import DenseSource
 from proteus.data.sampler import Draw, Sampler
-from proteus.data.sources import Source
+from proteus.data.sources import Source, one_line
 from proteus.data.transforms import (
     Box,
     EvalTransform,
@@ -22,6 +22,7 @@ from proteus.data.transforms import (
     generators_kept,
     seed_generators,
 )
+from proteus.data.workers import TIMEOUT, load_batches, note
 from proteus.errors import UnreadableError
 
 if TYPE_CHECKING:
@@ -145,12 +146,13 @@ def readable(source: Source | DenseSource, index: int, bad: list[int], first: in
     count = len(source) - first
     for step in range(min(TRIES, count)):
         candidate = first + (index - first + step) % count
+        note(candidate)
         try:
             return source.load(candidate), candidate
         except Exception:  # a decoder of a broken file may raise anything
             bad.append(candidate)
     raise UnreadableError(
-        f"data: {len(bad)} images in a row cannot be read, from {source.name(index)} on; see to the storage"
+        f"data: {len(bad)} images in a row cannot be read, from {one_line(source.name(index))} on; see to the storage"
     )
 
 
@@ -160,28 +162,23 @@ def count_masked(patches: int, ratio: float) -> int:
 
 
 def training_batches(
-    dataset: Dataset, sampler: Sampler, start: int, stop: int, rank: int, workers: int
+    dataset: Dataset, sampler: Sampler, start: int, stop: int, rank: int, workers: int, timeout: float = TIMEOUT
 ) -> Generator[Batch, None, None]:
-    """The micro-batches of process `rank` from update `start` to `stop`, in order, loaded by `workers` processes."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=_Run(sampler, start, stop, rank),
-        num_workers=workers,
-        collate_fn=as_is,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_start_worker if workers else None,
-        generator=torch.Generator(),  # its own: the loader's start must not draw from the one that the step has seeded
-    )
-    for batch in loader:
+    """The micro-batches of process `rank` from update `start` to `stop`, in order, loaded by `workers` processes.
+
+    UnreadableError where nothing can be read; WorkerError where the workers die again and again, or give no batch for
+    `timeout` seconds.
+    """
+
+    def remaining(done: int) -> Iterator[list[Draw]]:
+        step, micro = divmod(done, sampler.accumulate)
+        return islice(sampler.run(start + step, stop, rank), micro, None)
+
+    pin = torch.cuda.is_available()
+    for batch in load_batches(dataset, remaining, workers, timeout=timeout, prefetch=PREFETCH, pin=pin):
         if isinstance(batch, UnreadableError):
             raise batch
         yield batch
-
-
-def as_is(batch: Any) -> Any:
-    """A collate function for what needs no collating; by name, so that it reaches workers however they start."""
-    return batch
 
 
 class PlainSet(Dataset):
@@ -194,30 +191,9 @@ class PlainSet(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor | None:
+        note(index)
         try:
             image = self.source.load(index)
         except Exception:  # as above
             return None
         return self.transform(image)
-
-
-class _Run:
-    """The draws of a run, as the DataLoader wants them: an iterable that starts afresh."""
-
-    def __init__(self, sampler: Sampler, start: int, stop: int, rank: int):
-        self._args = sampler, start, stop, rank
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        sampler, start, stop, rank = self._args
-        return sampler.run(start, stop, rank)
-
-    def __len__(self) -> int:
-        sampler, start, stop, _ = self._args
-        return (stop - start) * sampler.accumulate
-
-
-def _start_worker(_: int) -> None:
-    # A signal to the trainer's process group, Ctrl-C among them, is the trainer's to answer: it wants its batches up to
-    # the checkpoint. So workers are a group of their own; they end with the trainer, which they watch.
-    os.setpgid(0, 0)
-    torch.set_num_threads(1)  # an image at a time is too little to share out

@@ -27,7 +27,7 @@ SCHEMA = pa.schema([("image", pa.large_binary()), ("label", pa.int64()), ("name"
 class Shard(BaseModel):
     """A file of a packed folder."""
 
-    file: str
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.arrow$")]  # in the folder itself, wherever that came from
     rows: Annotated[int, Field(gt=0)]
     bytes: int
     sha256: str
@@ -130,7 +130,7 @@ def _labels(path: Path, rows: int) -> pa.Array:
     reader = open_shard(path, [SCHEMA.get_field_index("label")])
     try:
         column = reader.read_all().column("label").combine_chunks()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise _damaged(path, str(error)) from None
     if len(column) != rows:
         raise _damaged(path, f"{len(column)} rows, not {rows}")

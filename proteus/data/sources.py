@@ -188,6 +188,17 @@ def file_of(source: Any, index: int) -> str:
     return source.file(index) if hasattr(source, "file") else source.name(index)
 
 
+def one_line(name: str) -> str:
+    """A name as a line of its own: what cannot be shown, line breaks among it, and backslashes as Python escapes them.
+
+    What is not UTF-8 stays as `os.fsdecode` has it, for `os.fsencode` to bring back.
+    """
+    return "".join(
+        c if (c.isprintable() and c != "\\") or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
+        for c in name
+    )
+
+
 def build_source(cfg: config.Sources, seed: int) -> Source:
     """The image set of a config: its source cut to the shares asked for, then merged with the others."""
     sources = [_one_source(part, seed) for part in (cfg, *cfg.merge)]
@@ -283,8 +294,15 @@ def _walk(root: Path) -> list[str]:
         for entry in os.scandir(root / prefix):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 folders.append((f"{prefix}{entry.name}/", (*above, real)))
-            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_file() or entry.is_symlink()):
+            elif entry.name.lower().endswith(EXTENSIONS) and (entry.is_symlink() or entry.is_file()):
                 found.append(prefix + entry.name)
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say: an image that cannot be read
+        return False

@@ -13,7 +13,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.nn import functional
 from torchvision import transforms
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 from proteus.config import Augment
 from proteus.data.decode import DecodedImage
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from proteus.data.device_augment import Op
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop
+LONGEST = 32  # times the short side: as much of the long one, in its middle, is all that the plain view looks at
 
 
 class Box(NamedTuple):
@@ -185,6 +186,10 @@ class EvalTransform:
         self._steps = transforms.Compose([transforms.Resize(round(size / crop), bicubic), transforms.CenterCrop(size)])
 
     def __call__(self, image: Image.Image) -> Tensor:
+        longest = LONGEST * min(image.size)
+        if max(image.size) > longest:  # a line of 20,000 x 1 pixels would become one of 5,000,000 x 256
+            width, height = image.size
+            image = center_crop(image, [min(height, longest), min(width, longest)])
         return pil_to_tensor(self._steps(image))
 
 

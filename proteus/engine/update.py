@@ -10,6 +10,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from proteus.config import Optimizer
+from proteus.engine.shard import own_share, replication, whole
 
 
 def build_optimizer(module: nn.Module, config: Optimizer) -> torch.optim.AdamW:
@@ -39,14 +40,15 @@ def finite_step(
     """
     accelerator.unscale_gradients(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
     skipped = ~torch.isfinite(norm)
     if clip_grad is not None:
-        torch._foreach_mul_(gradients, torch.clamp(clip_grad / (norm + 1e-6), max=1.0))
+        torch._foreach_mul_(list(map(own_share, gradients)), torch.clamp(clip_grad / (norm + 1e-6), max=1.0))
     if accelerator.scaler is None:
         optimizer.optimizer.found_inf = skipped.float()
         optimizer.optimizer.grad_scale = None
-    optimizer.step()
+    with replication():
+        optimizer.step()
     optimizer.zero_grad()
     return norm, skipped
 

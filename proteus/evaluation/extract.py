@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from proteus.data.loader import as_is
-from proteus.data.sources import Source, file_of
+from proteus.data.sources import Source, file_of, one_line
 from proteus.data.transforms import EvalTransform
+from proteus.data.workers import load_batches, note
 from proteus.engine.atomic import write_file
 from proteus.errors import InputError
 from proteus.models.encoder import Encoder
@@ -74,7 +74,7 @@ def extract(
     missing = [chunk for chunk in mine if folder is None or not _file(folder, chunk).is_file()]
     found: dict[int, Tensor] = {}
     unreadable: list[str] = []
-    batches = iter(image_batches(source, view, list(_batches(missing, view.batch_size)), device))
+    batches = image_batches(source, view, list(_batches(missing, view.batch_size)), device)
     silent = None if missing and accelerator.is_main_process else True  # None: where nobody looks on
     with tqdm(total=sum(map(len, missing)), unit="image", leave=False, disable=silent) as bar:
         for chunk in missing:
@@ -105,15 +105,15 @@ def extract(
     return tokens
 
 
-def image_batches(source: Source, view: View, batches: list[list[int]], device: torch.device) -> DataLoader:
-    """For each list of numbers its images, uint8 [b, 3, S, S], or the InputError that names a broken one."""
-    return DataLoader(
-        _Images(source, EvalTransform(view.size, view.crop)),
-        batch_sampler=batches,
-        num_workers=view.workers,
-        collate_fn=as_is,
-        pin_memory=device.type == "cuda",
-    )
+def image_batches(
+    source: Source, view: View, batches: list[list[int]], device: torch.device
+) -> Generator[Tensor | InputError, None, None]:
+    """For each list of numbers its images, uint8 [b, 3, S, S], or the InputError that names a broken one.
+
+    WorkerError where the workers hang, or die again and again.
+    """
+    images = _Images(source, EvalTransform(view.size, view.crop))
+    return load_batches(images, lambda done: batches[done:], view.workers, pin=device.type == "cuda")
 
 
 class _Images(Dataset):
@@ -123,6 +123,7 @@ class _Images(Dataset):
     def __getitems__(self, indices: list[int]) -> Tensor | InputError:
         images = []
         for index in indices:
+            note(index)
             try:
                 images.append(self.transform(self.source.load(index)))
             except Exception as error:  # a decoder of a broken file may raise anything
@@ -134,7 +135,9 @@ class _Images(Dataset):
 def unreadable_image(name: str, error: Exception) -> InputError:
     """What to say of an image of a benchmark that cannot be read: its score would be one of another set."""
     reason = " ".join(str(error).split())[:160] or type(error).__name__
-    return InputError(f"{name} cannot be read ({reason}): replace the file, a score needs every image of its set")
+    return InputError(
+        f"{one_line(name)} cannot be read ({reason}): replace the file, a score needs every image of its set"
+    )
 
 
 def _batches(chunks: list[range], size: int) -> Iterator[list[int]]:
@@ -183,5 +186,5 @@ def _save(path: Path, tokens: Tensor) -> None:
 def _load(path: Path) -> Tensor:
     try:
         return torch.from_numpy(np.load(path))
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a file of another kind may be anything, an archive of several arrays among it
         raise InputError(f"{path} is damaged ({error}): delete it, and it is computed again") from None

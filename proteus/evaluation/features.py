@@ -1,17 +1,17 @@
 """Frozen features of a set of images under the plain view."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from proteus.config import Share
-from proteus.data.loader import PlainSet, as_is
+from proteus.data.loader import PlainSet
 from proteus.data.sources import Source
 from proteus.data.transforms import EvalTransform
+from proteus.data.workers import load_batches
 from proteus.models.features import Features
 
 
@@ -24,10 +24,12 @@ class PlainImages(NamedTuple):
 
 def load_images(source: Source, size: int, crop: Share, workers: int = 0) -> PlainImages:
     """A source under the plain view (`EvalTransform`), all in memory; what cannot be read is left out."""
-    loader = DataLoader(
-        PlainSet(source, EvalTransform(size, crop)), batch_size=64, num_workers=workers, collate_fn=as_is
-    )
-    images = [image for batch in loader for image in batch]
+    plain, count, batch = PlainSet(source, EvalTransform(size, crop)), len(source), 64
+
+    def numbers(done: int) -> Iterator[range]:
+        return (range(first, min(first + batch, count)) for first in range(done * batch, count, batch))
+
+    images = [image for batch in load_batches(plain, numbers, workers) for image in batch]
     readable = np.array([image is not None for image in images], dtype=bool)
     kept = [image for image in images if image is not None]
     stacked = torch.stack(kept) if kept else torch.zeros(0, 3, size, size, dtype=torch.uint8)

@@ -98,6 +98,10 @@ class Encoder(nn.Module, ABC):
     def compile_parts(self) -> list[nn.Module]:
         """The modules worth compiling one by one."""
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules that hold most weights and are computed one after the other; empty where none are known."""
+        return []
+
     def freeze(self) -> "Encoder":
         """No parameter takes a gradient, and `train()` no longer changes the mode: what a teacher is."""
         self.requires_grad_(False).eval()

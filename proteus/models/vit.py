@@ -145,6 +145,10 @@ class VitEncoder(Encoder):
         """The blocks."""
         return list(self.network.blocks)
 
+    def blocks(self) -> list[nn.Module]:
+        """As Encoder's."""
+        return list(self.network.blocks)
+
     @torch.no_grad()
     def move_to_grid(self, grid: tuple[int, int]) -> None:
         """Resize the position embedding for good: other libraries, whose rules differ, then have nothing to resize."""

@@ -135,6 +135,7 @@ def weights_hash(encoder: Encoder) -> str:
     """SHA-256 over the network's weights and all that decides what it makes of an image, its statistics included."""
     digest = hashlib.sha256(_facts(encoder).model_dump_json().encode())
     for key, value in sorted(encoder.network.state_dict().items()):
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # of a sharded encoder
         value = value.detach().cpu().contiguous()
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())

@@ -69,7 +69,9 @@ def check_name(name: str) -> None:
 
 
 def is_known(name: str) -> bool:
-    """Whether a network of that name can be built."""
+    """Whether a network of that name can be built without a user's own code, which is not imported to find out."""
+    if is_own(name):
+        return False
     try:
         check_name(name)
     except InputError:

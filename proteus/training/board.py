@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from proteus.engine.atomic import write_file
 from proteus.training.learner import Outcome
+from proteus.training.nonfinite import Skipped
 
 
 class Board:
@@ -41,12 +43,20 @@ class Board:
         self._main = accelerator.is_main_process
         self._live = self._main and sys.stderr.isatty()
         self._names: list[list[str]] = []
+        self._scale_told = False
         if self._main:
             _cut_log(directory / "log.jsonl", done_steps)
         self._log = open(directory / "log.jsonl", "a") if self._main else None  # noqa: SIM115
-        purge = {"purge_step": done_steps + 1} if done_steps else {}
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+        purge = done_steps + 1 if done_steps else 0  # 0: what was killed before its first checkpoint left rows too
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": purge}})
+        self._hook = threading.excepthook
+        threading.excepthook = self._hush
         self.restart_clock()
+
+    def _hush(self, failure: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread. What it meets (a full disk) is raised again where we write: once is enough.
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            self._hook(failure)
 
     def restart_clock(self) -> None:
         """Start a new interval: what went on since the last one (a probe, a checkpoint) is nobody's throughput."""
@@ -69,22 +79,20 @@ class Board:
             values += [norm.float(), skipped.float()]
         self._rows.append(torch.stack(values))
 
-    def show(self, step: int, rate: float, bad_images: int) -> list[int]:
+    def show(self, step: int, rate: float, bad_images: int) -> list[Skipped]:
         """End the interval at `step` updates: show means over steps and processes. Returns the steps skipped in it."""
-        table = self._accelerator.reduce(torch.stack(self._rows), reduction="mean").double().cpu()
+        own = torch.stack(self._rows)  # [steps, (parts + 2) a student]
+        table = self._accelerator.reduce(own, reduction="mean").double().cpu()
         elapsed, waited, steps = time.perf_counter() - self._since, self._waited, len(table)
         losses: dict[str, float] = {}
         norms: dict[str, float] = {}
         missed = torch.zeros(steps, dtype=torch.bool)
-        own = table.split([len(names) + 2 for names in self._names], dim=1)  # [steps, parts + 2] a student
-        for student, names, rows in zip(self._students, self._names, own, strict=True):
+        for rows, names, norm in self._by_student(table):
             applied = rows[rows[:, -1] == 0]
             means = applied.mean(dim=0).tolist() if len(applied) else [math.nan] * rows.shape[1]
-            before = f"{student}/" if student else ""
-            losses |= {before + name: value for name, value in zip(names, means[:-2], strict=True)}
-            norms[f"grad_norm_{student}" if student else "grad_norm"] = means[-2]
+            losses |= dict(zip(names, means[:-2], strict=True))
+            norms[norm] = means[-2]
             missed |= rows[:, -1] != 0
-        skipped = [step - steps + 1 + row for row in missed.nonzero().flatten().tolist()]
         row = {
             "step": step,
             "loss": sum(losses.values()),
@@ -94,13 +102,44 @@ class Board:
             "images_per_s": steps * self._images_per_step / elapsed,
             "data_wait": waited / elapsed,
             "memory_gb": peak_memory_gb(self._accelerator.device),
-            "skipped_steps": len(skipped),
+            "skipped_steps": int(missed.sum()),
             "bad_images": bad_images,
         }
+        if self._accelerator.scaler is not None:
+            row["loss_scale"] = self._accelerator.scaler.get_scale()
+            self._warn_of_scale(step, row["loss_scale"])
         self.write(row)
         self._print_progress(row, losses, elapsed / steps)
         self.restart_clock()
+        return self._skipped(own, missed.nonzero().flatten().tolist(), step - steps + 1)
+
+    def _by_student(self, table: Tensor) -> Iterator[tuple[Tensor, list[str], str]]:
+        """Of each student its columns [steps, parts + 2], and what its losses and its gradient norm are called."""
+        own = table.split([len(names) + 2 for names in self._names], dim=1)
+        for student, names, rows in zip(self._students, self._names, own, strict=True):
+            below, behind = (f"{student}/", f"_{student}") if student else ("", "")
+            yield rows, [below + name for name in names], "grad_norm" + behind
+
+    def _skipped(self, table: Tensor, missed: list[int], first: int) -> list[Skipped]:
+        """The steps in some rows of this process's table, whose first row is step `first`."""
+        table = table.cpu() if missed else table
+        skipped = []
+        for row in missed:
+            losses: dict[str, float] = {}
+            norms: dict[str, float] = {}
+            for rows, names, norm in self._by_student(table):
+                *parts, norms[norm], _ = rows[row].tolist()
+                losses |= dict(zip(names, parts, strict=True))
+            skipped.append(Skipped(first + row, losses, norms))
         return skipped
+
+    def _warn_of_scale(self, step: int, scale: float) -> None:
+        if scale < 1 and not self._scale_told:
+            self._scale_told = True
+            self.say(
+                f"warning: fp16's loss scale has fallen to {scale:g} at step {step}: gradients overflow without being "
+                "scaled up at all; lower optimizer.lr or use run.precision=bf16"
+            )
 
     def write(self, row: dict[str, Any], prefix: str = "train") -> None:
         """A row into log.jsonl (what is not finite as null) and its numbers into TensorBoard."""
@@ -131,8 +170,11 @@ class Board:
             print(file=sys.stderr, flush=True)
         if self._log:
             self._log.close()
-        for tracker in self._accelerator.trackers:  # not end_training: the processes may have another run before them
-            tracker.finish()
+        try:  # not end_training: the processes may have another run before them
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+        finally:
+            threading.excepthook = self._hook
 
     def _print_progress(self, row: dict[str, Any], losses: dict[str, float], seconds_per_step: float) -> None:
         # What is cut off a narrow terminal is the least wanted: the parts of the loss, several to a teacher.
@@ -155,7 +197,7 @@ def _cut_log(path: Path, done_steps: int) -> None:
     """Leave out what a killed run logged after its last checkpoint, half a row perhaps: those steps come again."""
     if path.is_file():
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= done_steps)
+        kept = "".join(line for line in whole if done_steps and json.loads(line)["step"] <= done_steps)
         write_file(path, lambda pending: pending.write_text(kept))
 
 

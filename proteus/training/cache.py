@@ -175,7 +175,7 @@ def cache_facts(
         facts[f"{key}.image_size"] = teacher.image_size
         facts[f"{key}.precision"] = _computes_in(part, cfg)
         facts[f"{key}.grid"] = f"{grid[0]} x {grid[1]}"
-    facts |= {"images": len(source), "names of the images": _hash_of_names(source), "image size": sizes.crop}
+    facts |= {"images": len(source), "names of the images": hash_of_names(source, NAMES), "image size": sizes.crop}
     facts |= {f"data.augment.{name}": str(value) for name, value in augment.model_dump(exclude={"device"}).items()}
     facts |= {"run.seed": cfg.run.seed, "teacher_cache.views": section.views, "teacher_cache.tokens": section.tokens}
     if section.tokens == "all":
@@ -235,11 +235,12 @@ def _computes_in(section: config.Teacher, cfg: Config) -> str:
     return "float32" if cfg.run.precision == "no" else f"{cfg.run.precision} autocast"
 
 
-def _hash_of_names(source: Source | DenseSource) -> str:
+def hash_of_names(source: Source | DenseSource, count: int) -> str:
+    """SHA-256 of the names of `count` images, evenly spread over a set; of all, where it has fewer."""
     # Names and their order, not where files are or when they were written: a set may be copied to another machine,
     # and that its pixels are the same is checked view by view.
     digest = hashlib.sha256()
-    for index in np.unique(np.linspace(0, len(source) - 1, min(NAMES, len(source))).astype(int)):
+    for index in np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)):
         digest.update(source.name(int(index)).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from proteus.config import Config
-from proteus.data.loader import Batch, as_is, readable
-from proteus.data.sources import Source
+from proteus.data.loader import Batch, readable
+from proteus.data.sources import Source, one_line
 from proteus.data.transforms import Crop, TrainTransform, seeded
 from proteus.data.view_cache import chunk_file, chunks, pixels_crc, record_dtype, seal, view_key
+from proteus.data.workers import load_batches
 from proteus.engine.atomic import PENDING, write_file
 from proteus.engine.lock import RunLock
 from proteus.errors import InputError, UnreadableError
@@ -90,20 +92,24 @@ class _Writer:
 
     def begin(self, yes: bool) -> bool:
         """Ask, and lay the folder out; False where the cache is finished already. By the main process for all."""
-        complaint, goes_on = None, True
+        complaint, goes_on, fits = None, True, False
         if self.accelerator.is_main_process:
             try:
-                goes_on = self._begin(yes)
+                goes_on, fits = self._begin(yes)
             except InputError as error:
                 complaint = str(error)
             except OSError as error:
                 complaint = f"teacher_cache.dir={self.directory} cannot be used: {error}"
-        complaint, goes_on = broadcast_object_list([complaint, goes_on])
+        complaint, goes_on, fits = broadcast_object_list([complaint, goes_on, fits])
         if complaint is not None:
             raise InputError(complaint)
+        if fits and (self.accelerator.is_main_process or self._together):
+            self._fit()
+        self.accelerator.wait_for_everyone()
         return goes_on
 
-    def _begin(self, yes: bool) -> bool:
+    def _begin(self, yes: bool) -> tuple[bool, bool]:
+        """(whether there is something to write, whether the components are to be fitted before)."""
         identity = cache.read_identity(self.directory)
         if identity is not None:
             cache.check_facts(identity, self.facts, self.directory)
@@ -112,17 +118,14 @@ class _Writer:
         missing = self._missing()
         if identity is not None and "error" in identity and not missing:
             print(*describe_error(identity["error"]), f"{self.directory} is finished", sep="\n")
-            return False
+            return False, False
         self._confirm(yes, sum(map(len, missing)) * self.section.views * self.dtype.itemsize)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(self.directory)
         if identity is None:
             identity = {"made_with": self.facts, "components": None}
             _write_identity(self.directory, identity)
-        if self.section.tokens == "all" and not identity["components"]:
-            identity["components"] = self._fit()
-            _write_identity(self.directory, identity)
-        return True
+        return True, self.section.tokens == "all" and not identity["components"]
 
     def _confirm(self, yes: bool, needed: int) -> None:
         size, count = self.dtype.itemsize, len(self.source) * self.section.views
@@ -177,10 +180,26 @@ class _Writer:
                     bar.update(len(part.crops))
                 seal(records, chunk.start * self.section.views)
                 write_file(chunk_file(self.directory, chunk.start), records.tofile)
+        self._stand_by(missing)
         bad = set().union(*gather_object([sorted(bad)]))  # a barrier too: after it every chunk is on disk
         if bad and self.accelerator.is_main_process:
-            named = [self.source.name(index) for index in sorted(bad)[:3]] + ["..."] * (len(bad) > 3)
-            print(f"bad      {len(bad)} images cannot be read and have another's views: {', '.join(named)}")
+            named = [one_line(self.source.name(index)) for index in sorted(bad)[:3]] + ["..."] * (len(bad) > 3)
+            text = f"bad      {len(bad)} images cannot be read and have another's views: {', '.join(named)}"
+            print(text.encode(errors="backslashreplace").decode())  # not all names are UTF-8
+
+    @property
+    def _together(self) -> bool:
+        """Whether a teacher answers only when all processes ask."""
+        return any(teacher.sharded for teacher in self.teachers)
+
+    def _stand_by(self, missing: list[range]) -> None:
+        """Ask sharded teachers as often as the process with the most passes does: it needs all for their weights."""
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        passes = [sum(-(-len(chunk) * self.section.views // PASS) for chunk in missing[i::count]) for i in range(count)]
+        sharded = [teacher for teacher in self.teachers if teacher.sharded]
+        for _ in range(max(passes) - passes[rank]):
+            for teacher in sharded:
+                teacher(torch.zeros(1, 3, self.sizes.crop, self.sizes.crop, device=self.accelerator.device))
 
     @torch.no_grad()
     def _targets(self, batch: Batch, codes: list[Code]) -> np.ndarray:
@@ -199,21 +218,22 @@ class _Writer:
         if len(bad) > data.max_bad_share * len(self.source) and len(bad) >= data.max_bad_files:
             raise UnreadableError(
                 f"{len(bad)} of {len(self.source)} images cannot be read, more than data.max_bad_share="
-                f"{data.max_bad_share} allows; the first is {self.source.name(min(bad))}"
+                f"{data.max_bad_share} allows; the first is {one_line(self.source.name(min(bad)))}"
             )
 
     def _rendered(self, passes: Iterable[list[tuple[int, int]]]) -> "Iterator[_Rendered]":
         transform = TrainTransform(self.sizes.crop, self.cfg.data.augment)
         views = _Views(self.source, transform, self.cfg.run.seed)
         on_gpu = self.accelerator.device.type == "cuda"
-        workers = self.cfg.data.workers
-        for part in DataLoader(views, batch_sampler=passes, num_workers=workers, collate_fn=as_is, pin_memory=on_gpu):
+        data = self.cfg.data
+        remaining = lambda done: islice(passes, done, None)  # noqa: E731
+        for part in load_batches(views, remaining, data.workers, timeout=data.timeout, pin=on_gpu):
             if isinstance(part, UnreadableError):
                 raise part
             yield part
 
-    def _fit(self) -> str:
-        """Fit the components of every teacher's patch tokens to a sample of views; the hash of the file."""
+    def _fit(self) -> None:
+        """Fit the components of every teacher's patch tokens to a sample of views, and write them."""
         rng = np.random.default_rng((self.cfg.run.seed, 40))
         total = len(self.source) * self.section.views
         sample = np.sort(rng.permutation(total)[:FIT]).tolist()
@@ -229,9 +249,11 @@ class _Writer:
             for place, moment in enumerate(moments)
             for name, tensor in moment.components(self.section.components)._asdict().items()
         }
-        data = save(tensors)
-        write_file(self.directory / COMPONENTS, lambda path: path.write_bytes(data))
-        return hashlib.sha256(data).hexdigest()
+        if self.accelerator.is_main_process:
+            data = save(tensors)
+            write_file(self.directory / COMPONENTS, lambda path: path.write_bytes(data))
+            identity = {"made_with": self.facts, "components": hashlib.sha256(data).hexdigest()}
+            _write_identity(self.directory, identity)
 
 
 class _Moments:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from proteus.data.loader import Batch
+from proteus.engine.shard import is_sharded
+from proteus.errors import InputError
 from proteus.models.attention import ChosenAttention, ChosenAttentionRope, ChosenEvaAttention
 from proteus.training.cache import CachedTeacher
 from proteus.training.task import Distillation
@@ -43,7 +45,14 @@ def training_flops(tasks: Sequence[Distillation], teachers: Sequence[Teacher | C
     the random state stay as they were. Of several processes all have to call it, as losses and statistics may gather.
 
     batch: on the device of the tasks.
+
+    InputError where a task is sharded.
     """
+    if any(map(is_sharded, tasks)):
+        raise InputError(
+            "--plan and tools/transfer.py count FLOPs on copies of the students, which are sharded by FSDP here: "
+            "run them plain or data-parallel (DDP)"
+        )
     trials = [copy.deepcopy(task).train() for task in tasks]
     answers: list[Answer] = []
 

@@ -1,14 +1,15 @@
 """A student that learns: its losses and optimiser, its average, and what it leaves behind."""
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from proteus.config import Config
 from proteus.data.dense import DenseSource
@@ -18,14 +19,18 @@ from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
 from proteus.engine.ema import build_ema
 from proteus.engine.schedule import scaled_rate
+from proteus.engine.shard import full_state, is_sharded, no_sync, shard, shards
+from proteus.engine.skip import Statistics, average_unless, fail_together
 from proteus.engine.update import build_optimizer, finite_step, set_rate
 from proteus.errors import InputError
 from proteus.models.heads import save_head
 from proteus.models.weights import save_encoder
 from proteus.training.networks import build_classifier, build_student, compile_student
-from proteus.training.task import build_task
+from proteus.training.task import Distillation, build_task
 from proteus.training.teacher import Answer, Teacher
 from proteus.training.tune import merged
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Outcome(NamedTuple):
@@ -63,10 +68,15 @@ class Learner:
         self.task = build_task(cfg, student, teachers, self.sizes, classifier, masked).to(accelerator.device)
         self.ema = build_ema(student, cfg.ema.decay, total_steps)
         self.base_rate = scaled_rate(cfg.optimizer.lr, cfg.optimizer.lr_batch, sampler.images_per_step)
-        self.model, self.optimizer = accelerator.prepare(self.task, build_optimizer(self.task, cfg.optimizer))
+        self._plain: Distillation | None = None  # where weights are sharded, what the main process writes them from
+        if shards(accelerator):
+            self._shard()
+        else:
+            self.model, self.optimizer = accelerator.prepare(self.task, build_optimizer(self.task, cfg.optimizer))
         if cfg.student and cfg.student.compile:
             compile_student(student)
         self._losses: list[dict[str, Tensor]] = []
+        self._statistics = Statistics(self.task)
 
     @property
     def patches(self) -> int:
@@ -78,38 +88,73 @@ class Learner:
 
         batch: on the device. answers: what each teacher says about its images.
         """
+        if micro == 0:
+            self._statistics.keep()
         # What the network itself draws (drop path) is a function of the step, so no random state has to be saved.
         key = (self.cfg.run.seed, step, micro, self._accelerator.process_index)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         last = micro == self.cfg.run.accumulate - 1
-        with contextlib.nullcontext() if last else self._accelerator.no_sync(self.model):
+        with contextlib.nullcontext() if last else no_sync(self._accelerator, self.model):
             parts = self.model(batch.images, batch.mask, answers, batch.labels)  # {"token": [], ...}, weighted
-            self._accelerator.backward(sum(parts.values()) / self.cfg.run.accumulate)
+            self._accelerator.backward(fail_together(sum(parts.values())) / self.cfg.run.accumulate)
         self._losses.append({name: loss.detach() for name, loss in parts.items()})
 
     def update(self, rate: float) -> Outcome:
         """Step unless the gradient is not finite, and average the weights. Nothing waits for the device."""
         set_rate(self.optimizer, rate)
         norm, skipped = finite_step(self._accelerator, self.optimizer, self.cfg.optimizer.clip_grad)
+        self._statistics.restore(skipped)
         if self.ema is not None:
-            self.ema.update(self.task.student)
+            average_unless(skipped, self.ema, self.task.student)
         losses, self._losses = self._losses, []
         return Outcome(losses, norm, skipped)
 
+    def leave_step(self) -> None:
+        """Take back what micro-batches of a step that will not be finished have changed: statistics."""
+        self._statistics.restore(torch.ones((), dtype=torch.bool, device=self._accelerator.device))
+
     def write_student(self) -> Path:
-        """Write student.safetensors, the backbone alone, and head.safetensors, its classifier where it has one."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        student, classifier = self.directory / "student.safetensors", self.task.classifier
-        write_file(student, lambda path: save_encoder(merged(self.task.student), path))
-        if classifier is not None:
-            write_file(self.directory / "head.safetensors", lambda path: save_head(classifier, self.classes, path))
-        return student
+        """Write student.safetensors, the backbone alone, and head.safetensors, its classifier where it has one.
+
+        The main process writes; all call it, as they hold shares of the weights perhaps.
+        """
+        path, task = self.directory / "student.safetensors", self._written(self.task, self._plain)
+        if self._accelerator.is_main_process:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_file(path, lambda pending: save_encoder(merged(task.student), pending))
+            if (head := task.classifier) is not None:
+                write_file(path.with_name("head.safetensors"), lambda pending: save_head(head, self.classes, pending))
+        return path
 
     def write_average(self) -> None:
-        """Write student_ema.safetensors, where there is an average."""
+        """Write student_ema.safetensors, where there is an average; called as `write_student` is."""
+        if self.ema is None:
+            return
+        average = self._written(self.ema.module, self._plain.student if self._plain else None)
+        if self._accelerator.is_main_process:
+            path = self.directory / "student_ema.safetensors"
+            write_file(path, lambda pending: save_encoder(merged(average), pending))
+
+    def _shard(self) -> None:
+        """Share out the weights and their average among the processes, before the optimiser gets to know them."""
+        accelerator, task = self._accelerator, self.task
+        if accelerator.is_main_process:
+            self._plain = copy.deepcopy(task).cpu()
+        self.model = accelerator.prepare_model(task, evaluation_mode=True)  # autocast, and nothing that shards
+        shard(task, task.student.blocks(), accelerator.device, methods=("encode", "predict"))
         if self.ema is not None:
-            average = self.ema.module
-            write_file(self.directory / "student_ema.safetensors", lambda path: save_encoder(merged(average), path))
+            shard(self.ema.module, self.ema.module.blocks(), accelerator.device)
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(task, self.cfg.optimizer))
+
+    def _written(self, module: Module, plain: Module | None) -> Module:
+        """A module as it can be written: itself, or where it is sharded `plain` with its weights (the main process)."""
+        if not is_sharded(module):
+            return module
+        state = full_state(module, keep=plain is not None)
+        if plain is None:
+            return module
+        plain.load_state_dict(state)
+        return plain
 
 
 def build_learners(

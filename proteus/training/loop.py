@@ -11,14 +11,17 @@ from accelerate.utils import gather_object
 from proteus.config import Config
 from proteus.data.dense import DenseSource
 from proteus.data.loader import Batch, training_batches
-from proteus.data.sources import Source
+from proteus.data.sources import Source, one_line
 from proteus.engine.atomic import write_file
-from proteus.errors import InputError, RunError, UnreadableError
+from proteus.engine.shard import shards
+from proteus.errors import InputError, UnreadableError, WorkerError
 from proteus.training import start
 from proteus.training.board import Board
+from proteus.training.cache import hash_of_names
 from proteus.training.flops import training_flops
 from proteus.training.learner import Learner
 from proteus.training.memory import settle_batch_size
+from proteus.training.nonfinite import diverged, too_many
 from proteus.training.probe import Probe, split_source
 from proteus.training.state import Checkpoints, Progress
 from proteus.training.stop import Stop
@@ -44,6 +47,7 @@ def train(
     accelerator = start.build_accelerator(cfg, directory)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     lock = start.take_lock(directory, accelerator)
+    notes = start.check_checkpoints(directory, resume, accelerator)
 
     source, held_out = (source, None) if source is not None else split_source(cfg)
     cfg = settle_batch_size(cfg, source, accelerator, directory)
@@ -53,10 +57,11 @@ def train(
 
     networks = start.describe_networks(cfg, teachers, learners)
     checkpoints = Checkpoints(directory, cfg.run.keep, learners, accelerator, networks)
-    begin = Progress(images=len(source), images_per_step=sampler.images_per_step)
-    progress, notes = start.resume_run(checkpoints, begin, resume, accelerator)
-    notes += start.write_config(cfg, directory, accelerator, progress)
-    batches = training_batches(dataset, sampler, progress.step, plan.total_steps, rank, cfg.data.workers)
+    begin = Progress(len(source), sampler.images_per_step, hash_of_names(source, count=1000))
+    progress, said = start.resume_run(checkpoints, begin, resume, accelerator)
+    notes += said + start.write_config(cfg, directory, accelerator, progress)
+    loading = rank, cfg.data.workers, cfg.data.timeout
+    batches = training_batches(dataset, sampler, progress.step, plan.total_steps, *loading)
     seen_bad = set(progress.bad_images)
     names = [learner.name for learner in learners]
 
@@ -68,8 +73,10 @@ def train(
         for line in (*start.summarise(cfg, parts, source, accelerator), *notes):
             board.say(line)
         probe = None
-        if held_out is not None and accelerator.is_main_process:
-            probe = Probe(cfg, source, held_out, learners[0].sizes.crop, teachers, device)  # type: ignore[arg-type]
+        together = shards(accelerator) or any(teacher.sharded for teacher in teachers)  # a forward takes all processes
+        if held_out is not None and (accelerator.is_main_process or together):
+            main, crop = accelerator.is_main_process, learners[0].sizes.crop
+            probe = Probe(cfg, source, held_out, crop, teachers, device, writes=main)  # type: ignore[arg-type]
             if progress.step == 0:
                 _show_probe(probe, learners, board, directory, 0)
         if validation is not None and progress.step == 0:
@@ -82,7 +89,7 @@ def train(
             rate = plan.rate(step, learners[0].base_rate)
             for micro in range(cfg.run.accumulate):
                 with board.waiting():
-                    batch = _next(batches, progress, checkpoints, processes)
+                    batch = _next(batches, progress, checkpoints, learners, processes)
                 seen_bad.update(batch.bad)
                 batch = batch.to(device)
                 if measure_flops and not progress.flops_per_step:
@@ -98,14 +105,18 @@ def train(
             stopping = stop.agreed()
             if plan.logs(step) or validates or stopping:  # the only place that waits for the device
                 _gather_bad(seen_bad, progress, source, directory, accelerator)
-                progress.skipped_steps += board.show(step, rate, len(progress.bad_images))
+                skipped = board.show(step, rate, len(progress.bad_images))
+                progress.skipped_steps += [one.step for one in skipped]
                 _check_health(cfg, progress, source)
+                if too_many(progress, cfg.run.max_nonfinite) and skipped:
+                    raise diverged(cfg, progress, skipped[-1], dataset, sampler, source, accelerator)
             if validates:
                 _validate(validation, learners[0], progress, board, accelerator)
-            if (plan.saves(step) or stopping) and accelerator.is_main_process:
+            if plan.saves(step) or stopping:
                 checkpoints.save(progress)
                 board.restart_clock()
             if stopping:
+                accelerator.wait_for_everyone()  # a launcher ends those that are left: the main one is still writing
                 board.say(f"stopped by signal {stop.signum} after step {step}; the same command goes on from there")
                 break
             if plan.probes(step):
@@ -115,7 +126,7 @@ def train(
                 board.restart_clock()
 
         done = progress.step >= plan.total_steps
-        if done and accelerator.is_main_process:
+        if done:
             for learner in learners:
                 written = learner.write_student() if validation is None else directory / "student.safetensors"
                 learner.write_average()
@@ -125,11 +136,15 @@ def train(
     return 0 if done else stop.signum
 
 
-def _next(batches: Iterator[Batch], progress: Progress, checkpoints: Checkpoints, processes: int) -> Batch:
+def _next(
+    batches: Iterator[Batch], progress: Progress, checkpoints: Checkpoints, learners: list[Learner], processes: int
+) -> Batch:
     try:
         return next(batches)
-    except UnreadableError:
+    except (UnreadableError, WorkerError):
         if processes == 1 and progress.step:  # the storage is gone, what was learnt need not be
+            for learner in learners:
+                learner.leave_step()
             checkpoints.save(progress)
         raise
 
@@ -142,26 +157,17 @@ def _gather_bad(
     if bad != progress.bad_images:
         progress.bad_images = bad
         if accelerator.is_main_process:
-            names = os.fsencode("".join(f"{source.name(index)}\n" for index in bad))  # not all names are UTF-8
-            write_file(directory / "skipped_images.txt", lambda path: path.write_bytes(names))
+            names = "".join(f"{one_line(source.name(index))}\n" for index in bad)
+            write_file(directory / "skipped_images.txt", lambda path: path.write_bytes(os.fsencode(names)))
 
 
 def _check_health(cfg: Config, progress: Progress, source: Source | DenseSource) -> None:
-    """Stop a run that cannot come to good. Its last checkpoint stands."""
+    """Stop a run of which too much cannot be read. Its last checkpoint stands."""
     bad, limit = len(progress.bad_images), cfg.data.max_bad_share * len(source)
     if bad > limit and bad >= cfg.data.max_bad_files:
         raise InputError(
             f"{bad} of {len(source)} images cannot be read, more than max_bad_share={cfg.data.max_bad_share} allows; "
             f"they are named in {cfg.run.dir}/skipped_images.txt"
-        )
-    # Of late only: fp16 tries a larger loss scale every 2,000 steps, and skips a step to find it too large.
-    progress.skipped_steps = [step for step in progress.skipped_steps if step > progress.step - 1000]
-    if len(progress.skipped_steps) > cfg.run.max_nonfinite:
-        steps = ", ".join(map(str, progress.skipped_steps[-10:]))
-        raise RunError(
-            f"{len(progress.skipped_steps)} steps of the last 1,000 had a gradient that was not finite, more than "
-            f"run.max_nonfinite={cfg.run.max_nonfinite}; the last were steps {steps}; the last checkpoint stands. "
-            "Lower optimizer.lr, set optimizer.clip_grad, or use run.precision=bf16"
         )
 
 
@@ -173,7 +179,7 @@ def _validate(
     score, best = keep_best(validation, learner.task, progress)
     board.write({"step": progress.step, "score": score, "best": progress.best_score}, prefix="validation")
     board.say(f"validation at step {progress.step}: {score:.4f}" + (", the best so far" if best else ""))
-    if best and accelerator.is_main_process:
+    if best:
         learner.write_student()
     board.restart_clock()
 

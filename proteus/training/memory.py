@@ -120,8 +120,8 @@ def settle_batch_size(cfg: Config, source: Source | DenseSource, accelerator: Ac
     """The config with a number for `run.batch_size: auto`: the most images that fit, on every process.
 
     With `run.global_batch` it is the largest that micro-batches of one size make up, and `run.accumulate` their number;
-    the learning rate scales with the images of an update, as ever. A run that goes on keeps what it began with, as long
-    as it has as many processes. InputError where not even one image fits.
+    the learning rate scales with the images of an update, as ever. A run that goes on keeps the images of an update it
+    began with, in micro-batches that are no larger. InputError where not even one image fits.
     """
     if cfg.run.batch_size != "auto":
         return cfg
@@ -147,8 +147,7 @@ def settle_batch_size(cfg: Config, source: Source | DenseSource, accelerator: Ac
     if not cfg.run.global_batch:
         return _with_batch(cfg, max(1, min(most // 8 * 8 or most, len(source) // processes)), 1)
     share = cfg.run.global_batch // processes
-    size = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
-    return _with_batch(cfg, size, share // size)
+    return _with_batch(cfg, *_in_micro_batches(share, most))
 
 
 def _room(cfg: Config, source: Source | DenseSource, accelerator: Accelerator, directory: Path) -> tuple[int, Memory]:
@@ -189,13 +188,22 @@ def _with_batch(cfg: Config, batch_size: int, accumulate: int) -> Config:
     return cfg.model_copy(update={"run": run})
 
 
+def _in_micro_batches(share: int, most: int) -> tuple[int, int]:
+    """(batch size, accumulation) of a process's images of an update, at most so many at once."""
+    size = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+    return size, share // size
+
+
 def _begun_with(directory: Path, processes: int) -> tuple[int, int] | None:
-    """(batch size, accumulation) that a run with checkpoints has in its config.yaml."""
+    """(batch size, accumulation) that a run with checkpoints goes on with: what it has in its config.yaml.
+
+    With another number of processes the largest batch, up to that one, that gives the same images an update; None where
+    there is none.
+    """
     found = list_checkpoints(directory / "checkpoints")
     try:
-        run = yaml.safe_load((directory / "config.yaml").read_text())["run"] if found else {}
-        size, accumulate = int(run["batch_size"]), int(run["accumulate"])
-        begun = read_progress(found[-1]).images_per_step == processes * size * accumulate
+        most = int(yaml.safe_load((directory / "config.yaml").read_text())["run"]["batch_size"]) if found else 0
+        share, rest = divmod(read_progress(found[-1]).images_per_step, processes) if found else (0, 0)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
-    return (size, accumulate) if begun else None
+    return _in_micro_batches(share, most) if most and not rest else None

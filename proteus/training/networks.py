@@ -8,6 +8,7 @@ from torch import nn
 from proteus.config import LABEL_CE, Config
 from proteus.data.dense import DenseSource, is_dense
 from proteus.data.sources import Source
+from proteus.engine.shard import shards
 from proteus.errors import InputError
 from proteus.models import Encoder, create_model
 from proteus.models.attention import use_attention
@@ -40,7 +41,7 @@ def build_student(cfg: Config, teachers: list[Teacher], accelerator: Accelerator
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         student = convert_sync_batchnorm(student)
     use_attention(student.network, cfg.run.attention)
-    if accelerator.device.type == "cuda":
+    if accelerator.device.type == "cuda" and not shards(accelerator):  # FSDP knows no other layout
         student.use_channels_last()
     return student, sizes
 

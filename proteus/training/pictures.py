@@ -32,9 +32,9 @@ def component_colours(tokens: Tensor, basis_tokens: Tensor | None = None) -> Ten
 
 
 def components_picture(
-    images: Tensor, teacher: Features | None, student: Features, shared_space: bool, path: Path
+    images: Tensor, teacher: Features | None, student: Features, shared_space: bool, path: Path | None
 ) -> np.ndarray:
-    """Rows of (image, teacher, student) to a PNG; returns its pixels [H, W, 3] uint8.
+    """Rows of (image, teacher, student) to a PNG, if one is wanted; returns its pixels [H, W, 3] uint8.
 
     images: [B, 3, S, S] uint8. shared_space: the student's tokens are projected to the teacher's space, so both are
     coloured by the teacher's components.
@@ -56,8 +56,9 @@ def components_picture(
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture, interpolation="nearest")
             axes[row, column].set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

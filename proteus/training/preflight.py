@@ -1,5 +1,7 @@
 """Everything that is wrong with a run's inputs, at once, before anything is built or read."""
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +16,7 @@ from proteus.errors import InputError
 from proteus.losses import check_losses
 from proteus.models import zoo
 from proteus.models.attention import check_attention
+from proteus.training.changes import check_changes
 from proteus.training.teacher import RANDOM, find_weights
 
 
@@ -24,6 +27,7 @@ def check_inputs(cfg: Config, resume: str) -> None:
         *(partial(check_name, key, section.name) for key, section in _students(cfg).items()),
         *(partial(check_teacher, key, teacher) for key, teacher in cfg.all_teachers.items()),
         lambda: _check_files(cfg, resume),
+        lambda: check_changes(cfg, Path(str(cfg.run.dir))) if resume == "auto" else None,
         lambda: check_device(cfg.run),
         lambda: check_roots(cfg.data),
     ]
@@ -43,7 +47,9 @@ def run_checks(checks: Iterable[Callable[[], object]]) -> None:
 
 
 def check_name(key: str, name: str) -> None:
-    """InputError where `key` names no network."""
+    """InputError where `key` names no network. A function of the user's is imported, which is said before."""
+    if zoo.is_own(name) and os.environ.get("RANK", "0") == "0":
+        print(f"importing the code of {name!r}, as {key}.name says", file=sys.stderr, flush=True)
     with _prefixed(f"{key}.name: "):
         zoo.check_name(name)
 

@@ -37,7 +37,10 @@ def split_source(cfg: Config) -> tuple[Source, Source | None]:
 
 
 class Probe:
-    """Cosine similarity of student and teacher tokens, k-NN accuracy where there are labels, and a picture."""
+    """Cosine similarity of student and teacher tokens, k-NN accuracy where there are labels, and a picture.
+
+    writes: the picture's file; of processes that share weights all measure, and one writes.
+    """
 
     def __init__(
         self,
@@ -47,8 +50,9 @@ class Probe:
         size: int,
         teachers: list[Teacher],
         device: torch.device,
+        writes: bool = True,
     ):
-        self._cfg, self._teachers, self._device = cfg, teachers, device
+        self._cfg, self._teachers, self._device, self._writes = cfg, teachers, device, writes
         crop, workers = cfg.probe.crop, cfg.data.workers
         self._held_out = load_images(held_out, size, crop, workers)
         if not len(self._held_out.images):
@@ -94,7 +98,7 @@ class Probe:
             if shared := adaptor.reaches_patches:
                 student = adaptor.student_space(student)
         task.train()
-        return components_picture(self._drawn, teacher, _to_cpu(student), shared, path)
+        return components_picture(self._drawn, teacher, _to_cpu(student), shared, path if self._writes else None)
 
     @torch.no_grad()
     def _similarity(self, task: Distillation) -> dict[str, float]:

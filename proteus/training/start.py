@@ -1,12 +1,11 @@
 """How a run starts: devices, the lock, what must fit together, where it goes on from, what it says of itself."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -19,7 +18,7 @@ from torch import nn
 
 from proteus import config
 from proteus.config import LABEL_CE, Config
-from proteus.config_files import dump_config, flat_keys
+from proteus.config_files import dump_config
 from proteus.data.dense import DenseSource, is_dense
 from proteus.data.loader import TrainingSet, count_masked
 from proteus.data.sampler import Sampler
@@ -27,19 +26,24 @@ from proteus.data.sources import Source
 from proteus.data.transforms import TrainTransform
 from proteus.data.view_cache import ViewCache
 from proteus.engine.atomic import write_file
+from proteus.engine.checksums import damage
 from proteus.engine.heap import keep_freed_memory
 from proteus.engine.lock import RunLock
 from proteus.engine.schedule import warmup_steps
+from proteus.engine.shard import shards
 from proteus.errors import InputError
 from proteus.losses import LOSSES
 from proteus.models import Encoder
 from proteus.training.cache import CachedTeacher, open_cache
+from proteus.training.changes import CONFIG, changes
 from proteus.training.dense import DenseTrainingSet
 from proteus.training.learner import Learner, build_learners
 from proteus.training.plan import Plan
 from proteus.training.sizes import describe_sizes
-from proteus.training.state import Checkpoints, Progress, list_checkpoints
+from proteus.training.state import Checkpoints, Progress, list_checkpoints, set_damaged_aside, sweep
 from proteus.training.teacher import Teacher, build_teachers
+
+T = TypeVar("T")
 
 
 def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
@@ -61,28 +65,52 @@ def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    plain_or_ddp = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in plain_or_ddp and not shards(accelerator):
         raise InputError(
-            f"accelerate is set to {accelerator.distributed_type.value}; a run is plain or data-parallel (DDP)"
+            f"accelerate is set to {accelerator.distributed_type.value}; a run is plain, data-parallel (DDP) or FSDP2"
         )
     return accelerator
 
 
-def take_lock(directory: Path, accelerator: Accelerator) -> RunLock | None:
-    """Make the run directory and lock it, by the main process; what that meets, all processes raise."""
-    lock, complaint = None, None
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, to all of them; so with the InputError that it raises."""
+    result, complaint = None, None
     if accelerator.is_main_process:
         try:
-            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = RunLock(directory)
-        except OSError as error:
-            complaint = f"run.dir={directory} cannot be used: {error}"
+            result = work()
         except InputError as error:
             complaint = str(error)
-    (complaint,) = broadcast_object_list([complaint])
+    result, complaint = broadcast_object_list([result, complaint])
     if complaint is not None:
         raise InputError(complaint)
-    return lock
+    return result
+
+
+def take_lock(directory: Path, accelerator: Accelerator) -> RunLock | None:
+    """Make the run directory and lock it, by the main process, which holds the lock."""
+    locks: list[RunLock] = []
+
+    def take() -> None:
+        try:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            locks.append(RunLock(directory))
+        except OSError as error:
+            raise InputError(f"run.dir={directory} cannot be used: {error}") from None
+
+    on_main(accelerator, take)
+    return locks[0] if locks else None
+
+
+def check_checkpoints(directory: Path, resume: str, accelerator: Accelerator) -> list[str]:
+    """See that the checkpoint to go on from is as it was written; what is worth telling about the others."""
+
+    def check() -> list[str]:
+        if resume not in ("auto", "never") and (wrong := damage(Path(resume))):
+            raise InputError(f"--resume {resume} is damaged: {wrong}")
+        return sweep(directory / "checkpoints") + set_damaged_aside(directory / "checkpoints")
+
+    return on_main(accelerator, check)
 
 
 class Parts(NamedTuple):
@@ -123,7 +151,8 @@ def build_parts(cfg: Config, source: Source | DenseSource, accelerator: Accelera
         views, answering = open_cache(cfg, teachers, source, learners[0].sizes)
         if not cfg.probe.every_epochs:  # nobody will ask the networks themselves
             for teacher in teachers:
-                teacher.encoder.to("cpu")
+                if not teacher.sharded:
+                    teacher.encoder.to("cpu")
     dataset = build_dataset(cfg, source, learners[0].sizes.crop, learners[0].patches, views)
     return Parts(sampler, plan, teachers, answering, learners, dataset)
 
@@ -179,27 +208,28 @@ def resume_run(
     checkpoints: Checkpoints, begin: Progress, resume: str, accelerator: Accelerator
 ) -> tuple[Progress, list[str]]:
     """Where the run starts, and what is worth telling about it. The main process decides which checkpoint it is."""
-    folder, notes = None, []
-    found = list_checkpoints(checkpoints.folder)
-    if accelerator.is_main_process:
-        notes = [f"warning: {name} was half-written and is left out" for name in checkpoints.half_written()]
-        folder = (found[-1] if found else None) if resume in ("auto", "never") else Path(resume)
-    (folder,) = broadcast_object_list([folder])
+    found = on_main(accelerator, lambda: list_checkpoints(checkpoints.folder))
+    folder = (found[-1] if found else None) if resume in ("auto", "never") else Path(resume)
     if folder is None:
-        return begin, notes
+        return begin, []
     if resume == "never":
         raise InputError(f"{folder} is of an earlier run: give another run.dir, or leave --resume at auto to go on")
-    complaint, progress = None, begin
+    complaint, progress, notes = None, begin, []
     try:
         progress, changed = checkpoints.load(folder)
-        _check_same_data(begin, progress, folder)
+        _check_same_data(begin, progress, folder, accelerator.num_processes)
         newest = int(found[-1].name.removeprefix("step_")) if found else 0
         if newest > progress.step:
             raise InputError(
                 f"{checkpoints.folder} goes on to step {newest}: to branch off at {folder}, give another run.dir"
             )
-        notes += [f"resumed from {folder}"]
+        notes = [f"resumed from {folder}"]
         notes += [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
+        if progress.image_names != begin.image_names:
+            notes.append(
+                "warning: the images have other names than at the checkpoint; if they are others, so is the run"
+            )
+            progress.image_names = begin.image_names
     except InputError as error:
         complaint = str(error)
     for said in gather_object([complaint]):  # a machine that does not see the folder, say
@@ -208,12 +238,14 @@ def resume_run(
     return progress, notes
 
 
-def _check_same_data(begin: Progress, progress: Progress, folder: Path) -> None:
+def _check_same_data(begin: Progress, progress: Progress, folder: Path, processes: int) -> None:
     """A step number means a place in the data: it must still mean the same."""
     if progress.images_per_step != begin.images_per_step:
+        each, rest = divmod(progress.images_per_step, processes)
+        fitting = "take a number of processes that divides them, " if rest else f"make the last two {each}, "
         raise InputError(
             f"{folder} counts steps of {progress.images_per_step} images, this run of {begin.images_per_step} "
-            "(processes x run.batch_size x run.accumulate): make them equal, or start another run.dir"
+            f"({processes} processes x run.batch_size x run.accumulate): {fitting}or start another run.dir"
         )
     if progress.images != begin.images:
         raise InputError(
@@ -226,26 +258,9 @@ def write_config(cfg: Config, directory: Path, accelerator: Accelerator, progres
     """Write config.yaml; returns a warning where a run goes on under another config than it began with."""
     if not accelerator.is_main_process:
         return []
-    path, text = directory / "config.yaml", dump_config(cfg)
-    before = _read_config(path) if path.is_file() and progress.step else None
-    write_file(path, lambda pending: pending.write_text(text))
-    if before is None:
-        return []
-    then, now = flat_keys(before), flat_keys(yaml.safe_load(text))
-    changed = [
-        f"{key}: {then.get(key)} -> {now.get(key)}"
-        for key in sorted(now.keys() | then.keys())
-        if then.get(key) != now.get(key)
-    ]
-    return [f"warning: the config has changed since the run began ({'; '.join(changed)})"] if changed else []
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return None
-    return tree if isinstance(tree, dict) else None
+    told = changes(cfg, directory).told if progress.step else []
+    write_file(directory / CONFIG, lambda pending: pending.write_text(dump_config(cfg)))
+    return [f"warning: the config has changed since the run began ({'; '.join(told)})"] if told else []
 
 
 def summarise(cfg: Config, parts: Parts, source: Source | DenseSource, accelerator: Accelerator) -> list[str]:

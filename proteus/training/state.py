@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import numpy
@@ -16,10 +17,11 @@ import torch
 import torchvision
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import proteus
 from proteus.engine.atomic import PENDING, remove_folder, write_folder
+from proteus.engine.checksums import damage, write_checksums
+from proteus.engine.shard import State, full_optimizer_state, full_state, load_full, load_full_optimizer
 from proteus.errors import InputError, RunError
 from proteus.training.learner import Learner
 
@@ -30,6 +32,7 @@ class Progress:
 
     images: int  # in the training set
     images_per_step: int  # over all processes and micro-batches
+    image_names: str = ""  # a hash of what a thousand of them are called
     step: int = 0  # updates done
     skipped_steps: list[int] = field(default_factory=list)  # of late, not applied: the gradient was not finite
     bad_images: list[int] = field(default_factory=list)  # indices of files that could not be read
@@ -54,9 +57,9 @@ def environment(accelerator: Accelerator) -> dict[str, str | int]:
 class Checkpoints:
     """`checkpoints/step_N/` of a run directory: whole or not there, the newest `keep` of them.
 
-    A checkpoint is model.safetensors (student and heads), ema.safetensors, optimizer.pt, scaler.pt (fp16) and
-    progress.json; of several students the first three are in students/<name>/. Random state is not among it: every
-    draw is a function of the seed and the step.
+    A checkpoint is model.safetensors (student and heads), ema.safetensors, optimizer.pt, scaler.pt (fp16),
+    progress.json and checksums.json; of several students the first three are in students/<name>/. Random state is not
+    among it: every draw is a function of the seed and the step.
     """
 
     def __init__(
@@ -71,20 +74,29 @@ class Checkpoints:
         self._keep, self._learners, self._accelerator = keep, learners, accelerator
 
     def save(self, progress: Progress) -> None:
-        """Write `step_N`, then delete what is older than the newest `keep`."""
+        """Write `step_N`, then delete what is older than the newest `keep`.
+
+        The main process writes; all call it, as they hold shares of the weights perhaps.
+        """
+        keep = self._accelerator.is_main_process
+        states = {learner.name: _gather(learner, keep) for learner in self._learners}
+        if not keep:
+            return
 
         def fill(folder: Path) -> None:
             for learner in self._learners:
                 place = self._place(folder, learner)
                 place.mkdir(parents=True, exist_ok=True)
-                save_file(_on_cpu(learner.task), place / "model.safetensors")
-                torch.save(learner.optimizer.state_dict(), place / "optimizer.pt")
+                weights, moments, average = states[learner.name]
+                save_file(weights, place / "model.safetensors")
+                torch.save(moments, place / "optimizer.pt")
                 if learner.ema is not None:
-                    save_file(_on_cpu(learner.ema.module), place / "ema.safetensors")
+                    save_file(average, place / "ema.safetensors")
             if self._accelerator.scaler is not None:
                 torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
             facts = asdict(progress) | {"environment": environment(self._accelerator), "networks": self._networks}
             (folder / "progress.json").write_text(json.dumps(facts))
+            write_checksums(folder)
 
         try:
             write_folder(self.folder / f"step_{progress.step}", fill)
@@ -99,7 +111,7 @@ class Checkpoints:
     def load(self, folder: Path) -> tuple[Progress, list[str]]:
         """Restore everything from `folder`: (progress, what of the environment has changed since).
 
-        InputError where the checkpoint is of other networks, whose weights might fit all the same, or damaged.
+        InputError where the checkpoint is of other networks, whose weights might fit all the same.
         """
         groups = [group for learner in self._learners for group in learner.optimizer.param_groups]
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
@@ -114,11 +126,12 @@ class Checkpoints:
                 self._accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
         except InputError:
             raise
-        except Exception as error:  # readers of damaged files raise anything
-            message = " ".join(str(error).split())[:300]
+        except Exception as error:  # as it was written, but by other code, or for another network
+            # Not torch's advice to read it unsafely, which is not ours to give.
+            message = "more than tensors" if "weights_only" in str(error) else " ".join(str(error).split())[:300]
             raise InputError(
-                f"checkpoint {folder} is damaged or of another network ({type(error).__name__}: {message}); "
-                "delete it to go on from the one before, or give another run.dir"
+                f"checkpoint {folder} is of another version or network ({type(error).__name__}: {message}); "
+                "give another run.dir"
             ) from None
         groups = [group for learner in self._learners for group in learner.optimizer.param_groups]
         for group, built in zip(groups, settings, strict=True):
@@ -139,13 +152,41 @@ class Checkpoints:
     def _place(self, folder: Path, learner: Learner) -> Path:
         return folder if len(self._learners) == 1 else folder / "students" / learner.name
 
-    def half_written(self) -> list[str]:
-        """Names of what is not whole. What a crash of ours left under a temporary name is deleted."""
-        pending = sorted(self.folder.glob(PENDING + "*"))
-        for path in pending:
-            shutil.rmtree(path)
-        whole = list_checkpoints(self.folder)
-        return [path.name for path in (*pending, *sorted(self.folder.glob("step_*"))) if path not in whole]
+
+def sweep(folder: Path) -> list[str]:
+    """Delete what a crash left under a temporary name: a line for each."""
+    pending = sorted(folder.glob(PENDING + "*"))
+    for path in pending:
+        shutil.rmtree(path)
+    return [f"warning: {path.name} was half-written and is left out" for path in pending]
+
+
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Rename what is newer than the newest whole checkpoint to damaged-step_N: a line for each.
+
+    InputError where there are checkpoints and none is whole: to begin again is not for us to decide.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            break
+        damaged.append((checkpoint, wrong))
+    else:
+        if damaged:
+            told = "; ".join(f"{checkpoint.name}: {wrong}" for checkpoint, wrong in damaged)
+            raise InputError(
+                f"no checkpoint in {folder} is whole ({told}): restore one, or give another run.dir to begin again"
+            )
+    lines = []
+    for checkpoint, wrong in damaged:
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        remove_folder(aside)
+        checkpoint.rename(aside)
+        lines.append(
+            f"warning: {checkpoint} is damaged ({wrong}); it is kept as {aside.name}, and the one before is used"
+        )
+    return lines
 
 
 def read_progress(folder: Path) -> Progress:
@@ -155,23 +196,24 @@ def read_progress(folder: Path) -> Progress:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Checkpoints, oldest first. Each has been whole; whether it still is, its checksums tell."""
     numbered = [
         (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
     ]
-    return [path for _, path in sorted(numbered) if (path / "progress.json").is_file()]
+    return [path for _, path in sorted(numbered)]
+
+
+def _gather(learner: Learner, keep: bool) -> tuple[State, dict[str, Any], State]:
+    """Whole weights, optimiser state and average of a learner, empty where they are not to be kept."""
+    average = full_state(learner.ema.module, keep) if learner.ema is not None else {}
+    return full_state(learner.task, keep), full_optimizer_state(learner.optimizer, keep), average
 
 
 def _load(learner: Learner, folder: Path) -> None:
-    learner.task.load_state_dict(load_file(folder / "model.safetensors"))
-    learner.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    load_full(learner.task, load_file(folder / "model.safetensors"))
+    moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    load_full_optimizer(learner.optimizer, moments)
     if learner.ema is not None:
         average = folder / "ema.safetensors"
         # An average that begins now begins at the student.
-        state = load_file(average) if average.is_file() else learner.task.student.state_dict()
-        learner.ema.module.load_state_dict(state)
-
-
-def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
-    # Copies, because networks may tie weights, which the format does not know.
-    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}
+        load_full(learner.ema.module, load_file(average) if average.is_file() else full_state(learner.task.student))

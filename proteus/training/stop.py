@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, write a checkpoint, then leave. A second one leaves at once."""
+"""SIGTERM, SIGINT and SIGUSR1: finish the step, write a checkpoint, then leave. A second one leaves at once."""
 
 import os
 import signal
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last: what Slurm sends before the time is up
 
 
 class Stop:
@@ -17,7 +19,7 @@ class Stop:
         self._reduction: torch.distributed.Work | None = None
         several = accelerator.num_processes > 1
         self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def _ask(self, number: int, _frame: object) -> None:
         if self.signum:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from proteus import config
 from proteus.config import Config
 from proteus.data.loader import Batch
+from proteus.engine.shard import shard
+from proteus.errors import InputError
 from proteus.models import Encoder, create_model
 from proteus.models.attention import use_attention
 from proteus.models.encoder import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
@@ -44,6 +46,7 @@ class Teacher:
     classes:    what the outputs of the head are, where its file says so; else empty.
     name:       what it is called on screen and in the log.
     image_size: pixels it sees; larger images are resized to it.
+    sharded:    whether the processes hold its weights together; then all of them call it, as often as one does.
     """
 
     def __init__(
@@ -55,12 +58,18 @@ class Teacher:
         dtype: str,
         image_size: int,
         name: str,
+        sharded: bool = False,
     ):
-        self.encoder = encoder.freeze().to(accelerator.device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        if accelerator.device.type == "cuda":
-            self.encoder.use_channels_last()
+        self.encoder = encoder.freeze().to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
         if dtype == "auto":
             hold_in_precision(self.encoder, accelerator.mixed_precision)
+        self.sharded = sharded and accelerator.num_processes > 1
+        if self.sharded:  # from where the weights are: no device need hold them whole
+            _shard(self.encoder, accelerator.device)
+        else:
+            self.encoder.to(accelerator.device)
+            if accelerator.device.type == "cuda":
+                self.encoder.use_channels_last()
         self.head = head.requires_grad_(False).eval().to(accelerator.device) if head else None
         self.classes = classes
         self.image_size, self.name = image_size, name
@@ -79,6 +88,13 @@ class Teacher:
         """Features and logits of a batch on the device."""
         features = self(batch.images)
         return Answer(features, self.head(features) if self.head else None)
+
+
+def _shard(encoder: Encoder, device: torch.device) -> None:
+    blocks = encoder.blocks()
+    if not blocks:
+        raise InputError(f"teacher.shard: {encoder.name} is not made of blocks that are known here: leave it at false")
+    shard(encoder, blocks, device)
 
 
 def hold_in_precision(encoder: Encoder, precision: str) -> None:
@@ -120,7 +136,7 @@ def _build_teacher(
     encoder = create_model(cfg.name, checkpoint=checkpoint, image_size=image_size, mean=mean, std=std, **cfg.arch)
     use_attention(encoder.network, attention)
     head, classes = read_head(cfg.head, encoder.embed_dim) if cfg.head else (None, [])
-    teacher = Teacher(encoder, head, classes, accelerator, cfg.dtype, image_size, name)
+    teacher = Teacher(encoder, head, classes, accelerator, cfg.dtype, image_size, name, cfg.shard)
     if cfg.compile:
         teacher.encoder.compile(dynamic=False)
     return teacher

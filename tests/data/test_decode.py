@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from proteus.data import decode as module
 from proteus.data.decode import DecodedImage, decode
-from proteus.data.loader import as_is
+from proteus.data.workers import as_is
 
 
 def picture(width: int = 90, height: int = 70) -> Image.Image:
@@ -96,6 +96,37 @@ def test_broken_and_missing_files_raise(tmp_path):
             decode(tmp_path / f"{name}.jpg")
     with pytest.raises(FileNotFoundError, match="gone"):
         decode(tmp_path / "gone.jpg")
+
+
+def test_too_many_pixels_are_refused_before_they_take_memory(monkeypatch):
+    data = jpeg(picture(90, 70))
+    for place in (b"\xff\xc0", b"\xff\xc2"):
+        progressive = jpeg(picture(90, 70), progressive=place == b"\xff\xc2", exif=EXIF, comment=b"x" * 700)
+        assert module._jpeg_size(progressive) == (90, 70)
+        assert module._jpeg_size(progressive.replace(b"\xff" + place[1:], b"\xff\xff\xff" + place[1:])) == (90, 70)
+        assert module._jpeg_size(progressive[: progressive.index(place) + 8]) == (0, 0)
+    monkeypatch.setattr(module, "MAX_PIXELS", 90 * 70)
+    assert isinstance(decode(io.BytesIO(data)), DecodedImage)
+    monkeypatch.setattr(module, "MAX_PIXELS", 90 * 70 - 1)
+    assert not isinstance(decode(io.BytesIO(data)), DecodedImage)  # Pillow has the last word
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 70 // 2 - 1)
+    with pytest.raises(Image.DecompressionBombError):
+        decode(io.BytesIO(data))
+
+
+def test_a_format_that_runs_a_program_is_no_image():
+    buffer = io.BytesIO()
+    picture().save(buffer, "EPS")
+    assert Image.open(buffer).format == "EPS"
+    with pytest.raises(OSError, match="cannot identify"):
+        decode(buffer)
+
+
+def test_warnings_about_a_file_are_no_news(recwarn):
+    buffer = io.BytesIO()
+    picture().quantize(8).save(buffer, "PNG", transparency=bytes(8))
+    decode(buffer)
+    assert not recwarn.list
 
 
 def test_what_torchvision_refuses_or_has_no_more_is_left_to_pillow(monkeypatch):

@@ -499,3 +499,18 @@ def test_plain_view_draws_nothing(photo):
     transform = EvalTransform(28, 0.875)
     assert torch.equal(transform(photo), transform(photo))
     assert global_states() == before
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (20_000, 3), (64, 2), (65, 2)])
+def test_the_plain_view_of_a_line_is_its_middle(size, monkeypatch):
+    image = Image.new("RGB", size, (10, 20, 30))
+    image.paste((200, 100, 50), tuple(side // 2 - 2 for side in size) + tuple(side // 2 + 2 for side in size))
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, to, *rest, **more: sizes.append(to) or resize(self, to, *rest, **more)
+    )
+    view = EvalTransform(16, 1.0)(image)
+    assert view.shape == (3, 16, 16)
+    assert view[:, 8, 8].tolist() == [200, 100, 50]
+    assert max(sizes[0]) <= 16 * 32 + 16

@@ -1,5 +1,6 @@
 """Class tokens of a set: the same whoever computes them, kept on disk, and nothing stale."""
 
+import contextlib
 import copy
 import functools
 from types import SimpleNamespace
@@ -126,6 +127,32 @@ def test_processes_share_the_chunks_and_agree(tmp_path, small_chunks, seen, monk
     both = extract(encoder(), digits(), VIEW, process(0, 2), cache=tmp_path)
     assert sum(seen) == 50
     torch.testing.assert_close(both, alone, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("images", [50, 48, 17])  # 4 chunks, 3, and 2: three processes have 2, 1 or 0 of them
+def test_three_processes_are_one(small_chunks, seen, monkeypatch, images):
+    alone = extract(encoder(), digits(images), VIEW, process(0, 1))
+    assert len(alone) == images
+    seen.clear()
+    sent, answers = [], {}
+
+    def gather(items):  # called twice by each: for what cannot be read, and for the tokens
+        sent.append(items)
+        if len(sent) % 2:
+            return items
+        if len(sent) <= 6:  # the others have not been here yet
+            raise InterruptedError
+        return [part for parts in sent[1:6:2] for part in parts]
+
+    monkeypatch.setattr(module, "gather_object", gather)
+    for turn in range(6):
+        with contextlib.suppress(InterruptedError):
+            answers[turn % 3] = extract(encoder(), digits(images), VIEW, process(turn % 3, 3))
+    assert sum(seen) == 2 * images  # none by two processes, in either round
+    assert sorted(start for parts in sent[1:6:2] for start, _ in parts) == list(range(0, images, 16))
+    for tokens in answers.values():
+        torch.testing.assert_close(tokens, alone, atol=1e-6, rtol=1e-6)
+    assert len(answers) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])

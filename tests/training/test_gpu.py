@@ -6,7 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from proteus.models import create_model
 from tests.training.conftest import read_log
+
+ARCH = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 pytestmark = pytest.mark.gpu
 
@@ -71,3 +74,40 @@ def test_killed_on_the_gpu_ends_bit_identical(trainer, settings):
     assert resumed.wait() == 0, resumed.output()
     one, other = (load_file(run.directory / "student.safetensors") for run in (whole, killed))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+GPU = "import os\nos.environ['ACCELERATE_USE_CPU'] = 'false'\n"
+ONE_SHARDED = GPU + (
+    "os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', "
+    "MASTER_PORT='29411', ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')\n"
+)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("prelude", [GPU, ONE_SHARDED], ids=["plain", "fsdp2"])
+def test_killed_in_half_precision_ends_bit_identical(trainer, prelude, precision):
+    settings = ("schedule.steps=60", "run.deterministic=true", f"run.precision={precision}", "ema.decay=0.9")
+    whole = trainer("whole", *settings, prelude=prelude)
+    assert whole.wait() == 0, whole.output()
+    killed = trainer("killed", *settings, prelude=prelude)
+    killed.wait_until(lambda: killed.steps() >= 13)
+    killed.kill(signal.SIGKILL)
+    killed.wait()
+    resumed = trainer("killed", *settings, prelude=prelude)
+    assert resumed.wait() == 0, resumed.output()
+    assert "resumed from" in resumed.output()
+    for name in ("student.safetensors", "student_ema.safetensors", "checkpoints/step_60/model.safetensors"):
+        one, other = (load_file(run.directory / name) for run in (whole, killed))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_fsdp2_on_one_gpu_is_the_plain_run(trainer, precision):
+    settings = ("schedule.steps=12", "run.deterministic=true", f"run.precision={precision}", "optimizer.clip_grad=0.5")
+    rows = {}
+    for name, prelude in {"plain": GPU, "sharded": ONE_SHARDED}.items():
+        run = trainer(name, *settings, prelude=prelude)
+        assert run.wait() == 0, run.output()
+        rows[name] = [row["loss"] for row in read_log(run.directory)]
+        create_model("timm/vit_tiny_patch16_224", checkpoint=run.directory / "student.safetensors", **ARCH)
+    assert rows["sharded"] == pytest.approx(rows["plain"], rel=1e-3)

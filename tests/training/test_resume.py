@@ -1,120 +1,15 @@
-"""A run that is killed, stopped, or started twice: real processes, real signals."""
+"""A run that goes on: from which checkpoint, and what may have changed. `tests/faults` kills runs in earnest."""
 
-import random
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from tests.faults.runs import assert_same_end
 from tests.training.conftest import LAUNCH, read_log
-
-SLOW_DISK = """
-import time
-from proteus.engine import atomic
-_sync = atomic._sync
-def slow(path):
-    if "step_" in str(path):
-        time.sleep(0.15)
-    _sync(path)
-atomic._sync = slow
-"""
-
-
-def assert_same_end(one: Path, other: Path, step: int) -> None:
-    """Weights, averages and optimiser state of two runs are the same bit for bit."""
-    for file in ("student.safetensors", "student_ema.safetensors", f"checkpoints/step_{step}/model.safetensors"):
-        a, b = load_file(one / file), load_file(other / file)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), f"{file}: {key}"
-    a, b = (
-        torch.load(run / f"checkpoints/step_{step}/optimizer.pt", weights_only=True)["state"] for run in (one, other)
-    )
-    assert a.keys() == b.keys()
-    for parameter in a:
-        for key in a[parameter]:
-            assert torch.equal(a[parameter][key], b[parameter][key]), key
-
-
-@pytest.fixture
-def whole(trainer):
-    """An uninterrupted run of 40 steps, started and not yet waited for."""
-    return trainer("whole", "schedule.steps=40")
-
-
-def test_killed_at_a_random_step_ends_bit_identical_with_other_workers(trainer, whole):
-    step = random.randint(6, 35)
-    killed = trainer("killed", "schedule.steps=40", "data.workers=2")
-    killed.wait_until(lambda: killed.steps() >= step)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert not (killed.directory / "student.safetensors").exists()
-
-    resumed = trainer("killed", "schedule.steps=40", "data.workers=1")
-    assert resumed.wait() == 0, resumed.output()
-    assert "resumed from" in resumed.output()
-    assert "results may differ" not in resumed.output()
-    assert whole.wait() == 0, whole.output()
-    assert_same_end(whole.directory, killed.directory, 40)
-
-
-def test_killed_while_a_checkpoint_is_written_ends_bit_identical(trainer, whole):
-    killed = trainer("killed", "schedule.steps=40", prelude=SLOW_DISK)
-    pending = killed.directory / "checkpoints" / ".pending-step_20"
-    killed.wait_until(pending.exists)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert pending.exists()
-    assert not (killed.directory / "checkpoints" / "step_20").exists()
-
-    resumed = trainer("killed", "schedule.steps=40")
-    assert resumed.wait() == 0, resumed.output()
-    assert "step_15" in resumed.output()
-    assert "warning: .pending-step_20" in resumed.output()
-    assert whole.wait() == 0, whole.output()
-    assert_same_end(whole.directory, killed.directory, 40)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(trainer, whole, number):
-    stopped = trainer("stopped", "schedule.steps=40", "run.save_every=1000")
-    stopped.wait_until(lambda: stopped.steps() >= 7)
-    stopped.kill(number)
-    assert stopped.wait() == 128 + number, stopped.output()
-    assert f"stopped by signal {int(number)}" in stopped.output()
-    (saved,) = (stopped.directory / "checkpoints").glob("step_*")
-    assert int(saved.name.removeprefix("step_")) >= 7
-
-    resumed = trainer("stopped", "schedule.steps=40", "run.save_every=1000")
-    assert resumed.wait() == 0, resumed.output()
-    assert whole.wait() == 0, whole.output()
-    assert_same_end(whole.directory, stopped.directory, 40)
-
-
-def test_a_second_signal_exits_at_once(trainer):
-    # A disk on which a checkpoint takes minutes: the first signal waits for it, the second does not.
-    settings = ("schedule.steps=100000", "run.save_every=100000")
-    stuck = trainer("stuck", *settings, prelude=SLOW_DISK.replace("0.15", "100"))
-    stuck.wait_until(lambda: stuck.steps() >= 1)
-    stuck.kill(signal.SIGTERM)
-    stuck.wait_until(lambda: any((stuck.directory / "checkpoints").glob(".pending-step_*")))
-    stuck.kill(signal.SIGTERM)
-    assert stuck.wait(timeout=20) == 128 + signal.SIGTERM
-
-
-def test_a_second_run_on_the_directory_refuses_and_names_the_pid(trainer, run_here, capsys):
-    first = trainer("run", "schedule.steps=100000")
-    first.wait_until(lambda: first.steps() >= 1)
-    assert run_here() == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    assert f"process {first.process.pid}" in line
-    first.kill()
-    first.wait()
-    assert run_here("schedule.steps=1") == 0  # the dead holder's lock is free
 
 
 def test_a_finished_run_started_again_changes_nothing(run_here, tmp_path):
@@ -135,16 +30,6 @@ def test_the_newest_checkpoints_are_kept_and_hold_no_teacher(run_here, tmp_path)
     assert {key.split(".")[0] for key in keys} == {"student", "adaptors"}
 
 
-def test_a_half_written_checkpoint_is_left_out_with_a_warning(run_here, tmp_path, capsys):
-    assert run_here("schedule.steps=10") == 0
-    (tmp_path / "run/checkpoints/step_10/progress.json").unlink()
-    assert run_here("schedule.steps=10") == 0
-    said = capsys.readouterr().err
-    assert "warning: step_10" in said
-    assert "resumed from" in said
-    assert "step_5" in said
-
-
 def test_resume_never_refuses_a_used_directory_and_a_path_goes_on_elsewhere(run_here, tmp_path, capsys):
     assert run_here() == 0
     assert run_here("--resume=never") == 2
@@ -158,10 +43,52 @@ def test_resume_never_refuses_a_used_directory_and_a_path_goes_on_elsewhere(run_
 
 def test_a_changed_config_is_told_on_resume(run_here, capsys):
     assert run_here("schedule.steps=5") == 0
-    assert run_here("schedule.steps=10", "run.seed=3") == 0
+    assert run_here("schedule.steps=10", "losses.token=0.5", "data.mask.ratio=0.25") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "config has changed" in line]
+    for change in ("losses.token: 1.0 -> 0.5", "schedule.steps: 5 -> 10", "data.mask.ratio: 0.5 -> 0.25"):
+        assert change in line
+
+
+@pytest.mark.parametrize("change", ["run.seed=3", "data.repeats=1", "student.tune=lora"])
+def test_a_change_that_a_run_cannot_take_is_refused(run_here, tmp_path, capsys, change):
+    assert run_here("schedule.steps=5") == 0
+    kept = (tmp_path / "run/config.yaml").read_text()
+    capsys.readouterr()
+    assert run_here("schedule.steps=10", change) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    key, value = change.split("=")
+    assert line.startswith(f"error: run.dir={tmp_path}/run holds a run that cannot go on with {key}: ")
+    assert f" -> {value}: give another run.dir" in line
+    assert (tmp_path / "run/config.yaml").read_text() == kept
+
+
+def test_a_change_of_no_consequence_is_not_told(run_here, tmp_path, capsys):
+    assert run_here() == 0
+    whole = load_file(tmp_path / "run/student.safetensors")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_12")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_10")
+    assert run_here("data.workers=1", "run.log_every=3", "run.save_every=4", "run.keep=9", "data.timeout=50") == 0
     said = capsys.readouterr().err
-    assert "run.seed: 0 -> 3" in said
-    assert "schedule.steps: 5 -> 10" in said
+    assert "step_5" in said
+    assert "config has changed" not in said
+    again = load_file(tmp_path / "run/student.safetensors")
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+
+
+def test_other_images_in_equal_number_are_told(run_here, tmp_path, capsys):
+    for folder, color in (("a", 0), ("b", 90)):
+        (tmp_path / folder).mkdir()
+        for index in range(20):
+            Image.new("RGB", (20, 20), (color, index, 0)).save(tmp_path / folder / f"{folder[0]}{index}.png")
+    settings = ("data.kind=folder", "data.split=null", "run.batch_size=4")
+    assert run_here(f"data.root={tmp_path}/a", *settings, "schedule.steps=5") == 0
+    shutil.move(tmp_path / "a", tmp_path / "moved")
+    assert run_here(f"data.root={tmp_path}/moved", *settings, "schedule.steps=6") == 0
+    assert "other names" not in capsys.readouterr().err
+    assert run_here(f"data.root={tmp_path}/b", *settings, "schedule.steps=7") == 0
+    assert "warning: the images have other names than at the checkpoint" in capsys.readouterr().err
+    assert run_here(f"data.root={tmp_path}/b", *settings, "schedule.steps=8") == 0
+    assert "other names" not in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_network_is_an_error(run_here, capsys):
@@ -184,16 +111,61 @@ def test_teachers_that_change_their_places_are_an_error(run_here, capsys):
     assert run_here("teacher=null", f"teachers=[{one}, {two}]", "schedule.steps=6", "student.arch.drop_path=0.2") == 0
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.pt", "progress.json"])
-@pytest.mark.parametrize("length", [0, 0.5])
-def test_a_damaged_checkpoint_is_one_line(run_here, tmp_path, capsys, file, length):
-    assert run_here("schedule.steps=5") == 0
-    path = tmp_path / "run/checkpoints/step_5" / file
-    path.write_bytes(path.read_bytes()[: int(length * path.stat().st_size)])
-    assert run_here("schedule.steps=10") == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert "step_5 is damaged or of another network" in said.splitlines()[-1]
+FILES = ["model.safetensors", "ema.safetensors", "optimizer.pt", "progress.json", "checksums.json"]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0 if path.suffix == ".json" else len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(run_here, tmp_path, capsys, file):
+    assert run_here() == 0  # checkpoints of steps 5, 10 and 12
+    whole = load_file(tmp_path / "run/student.safetensors")
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "step_10" / file).unlink()
+    flip_a_bit(checkpoints / "step_12" / file)
+    capsys.readouterr()
+    assert run_here() == 0
+    said = capsys.readouterr().err.splitlines()
+    for step, wrong in ((12, "is not as it was written"), (10, "is missing")):
+        (line,) = [line for line in said if f"step_{step} is damaged" in line]
+        assert line == (
+            f"warning: {checkpoints}/step_{step} is damaged ({file} {wrong}); it is kept as damaged-step_{step}, "
+            "and the one before is used"
+        )
+    assert f"resumed from {checkpoints}/step_5" in said
+    names = ["damaged-step_10", "damaged-step_12", "step_10", "step_12", "step_5"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    again = load_file(tmp_path / "run/student.safetensors")
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_again(run_here, tmp_path, capsys):
+    assert run_here("schedule.steps=10") == 0
+    checkpoints = tmp_path / "run/checkpoints"
+    flip_a_bit(checkpoints / "step_5/optimizer.pt")
+    (checkpoints / "step_10/model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert run_here("schedule.steps=12") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: no checkpoint in {checkpoints} is whole (step_10: model.safetensors is not as it was written; "
+        "step_5: optimizer.pt is not as it was written): restore one, or give another run.dir to begin again"
+    )
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_10", "step_5"]
+
+
+def test_a_damaged_checkpoint_to_branch_from_is_one_line(run_here, tmp_path, capsys):
+    assert run_here() == 0
+    flip_a_bit(tmp_path / "run/checkpoints/step_10/ema.safetensors")
+    capsys.readouterr()
+    assert run_here(f"--resume={tmp_path}/run/checkpoints/step_10", directory="other") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("checkpoints/step_10 is damaged: ema.safetensors is not as it was written")
+    assert (tmp_path / "run/checkpoints/step_10").is_dir()
 
 
 def test_a_step_that_means_other_images_is_refused(run_here, capsys):
@@ -251,29 +223,6 @@ def test_the_main_process_says_which_checkpoint_all_load(trainer, tmp_path):
     apart = trainer("run", "schedule.steps=16", "run.batch_size=8", launcher=LAUNCH, prelude=elsewhere)
     assert apart.wait() == 0, apart.output()  # the path is the main process's, and this machine sees it
     assert read_log(tmp_path / "run")[-1]["step"] == 16
-
-
-SLOW_STEP = """
-import time
-from proteus.training.task import Distillation
-forward = Distillation.forward
-def slow(self, *args):
-    time.sleep(0.3)
-    return forward(self, *args)
-Distillation.forward = slow
-"""
-
-
-def test_a_signal_stops_two_processes_at_one_step_without_waiting_for_the_interval(trainer):
-    settings = ("schedule.steps=1000", "run.log_every=10", "run.save_every=1000")
-    run = trainer("two", *settings, launcher=LAUNCH, prelude=SLOW_STEP)
-    run.wait_until(lambda: run.steps() >= 10)
-    run.process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on and gives 30 seconds
-    run.wait(timeout=60)
-    (saved,) = (run.directory / "checkpoints").glob("step_*")
-    step = int(saved.name.removeprefix("step_"))
-    assert 10 < step < 20
-    assert f"stopped by signal 15 after step {step};" in run.output()
 
 
 @pytest.mark.slow

@@ -100,10 +100,14 @@ def whole_numbers(texts: Sequence[str], low: int, high: int, where: Path) -> np.
 def check_there(root: Path, paths: Iterable[str], reason: str) -> None:
     """InputError for the first path that is not below root. One look into each folder, none at the files.
 
+    Paths come from lists that may be anybody's: one that climbs out of root is refused whatever it leads to.
+
     reason: why the file should be there, for the message.
     """
     there: dict[str, set[str]] = {}
     for path in paths:
+        if path.startswith("/") or ".." in path.split("/"):
+            raise InputError(f"{path!r} is not below {root}, though {reason}; do not use the list")
         folder, _, file = path.rpartition("/")
         if folder not in there:
             there[folder] = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()

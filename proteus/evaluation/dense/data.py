@@ -1,18 +1,20 @@
 """Images and targets of a dense source: checked, cut into views for training, whole for testing."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from proteus.data.dense import IGNORE, DenseSource
-from proteus.data.loader import as_is
 from proteus.data.sampler import Draw, Sampler
+from proteus.data.sources import one_line
 from proteus.data.transforms import seeded
+from proteus.data.workers import load_batches, note
 from proteus.errors import InputError, UnreadableError
 
 View = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
@@ -28,7 +30,8 @@ class Whole(NamedTuple):
 
 def read(source: DenseSource, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Image uint8 [H, W, 3] and target [H, W] uint8 or float32; UnreadableError where one is not what it should be."""
-    name = source.name(index)
+    note(index)
+    name = one_line(source.name(index))
     try:
         image: Image.Image = source.load(index)
     except InputError as error:
@@ -95,32 +98,13 @@ class _Views(Dataset):
             return self.view(image, target)
 
 
-class _Batches:
-    """The draws of a run, as the DataLoader wants them."""
-
-    def __init__(self, sampler: Sampler, iterations: int, rank: int):
-        self.sampler, self.iterations, self.rank = sampler, iterations, rank
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return self.sampler.run(0, self.iterations, self.rank)
-
-    def __len__(self) -> int:
-        return self.iterations
-
-
 def training_views(
     source: DenseSource, view: View, sampler: Sampler, iterations: int, rank: int, workers: int
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Batches of process `rank`: images [B, 3, h, w] in [0, 1] and targets [B, h, w], `iterations` of them."""
-    loader = DataLoader(
-        _Views(source, view, sampler.seed),
-        batch_sampler=_Batches(sampler, iterations, rank),
-        num_workers=workers,
-        collate_fn=as_is,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: the loader's start must not draw from anyone's
-    )
-    for batch in loader:
+    views, pin = _Views(source, view, sampler.seed), torch.cuda.is_available()
+    remaining = lambda done: islice(sampler.run(0, iterations, rank), done, None)  # noqa: E731
+    for batch in load_batches(views, remaining, workers, pin=pin):
         if isinstance(batch, InputError):
             raise batch
         yield batch
@@ -130,7 +114,8 @@ class _WholeImages(Dataset):
     def __init__(self, source: DenseSource):
         self.source = source
 
-    def __getitem__(self, index: int) -> Whole | InputError:
+    def __getitems__(self, indices: list[int]) -> Whole | InputError:
+        (index,) = indices
         try:
             image, target = read(self.source, index)
         except InputError as error:  # as above
@@ -141,15 +126,8 @@ class _WholeImages(Dataset):
 
 def whole_images(source: DenseSource, rank: int, processes: int, workers: int) -> Generator[Whole, None, None]:
     """Every `processes`-th image from `rank` on, one at a time: each image is some process's, and none is padding."""
-    loader = DataLoader(
-        _WholeImages(source),
-        batch_size=None,
-        sampler=range(rank, len(source), processes),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-    )
-    for image in loader:
+    mine, pin = range(rank, len(source), processes), torch.cuda.is_available()
+    for image in load_batches(_WholeImages(source), lambda done: ([i] for i in mine[done:]), workers, pin=pin):
         if isinstance(image, InputError):
             raise image
         yield image

@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from proteus.data.loader import PlainSet, as_is
+from proteus.data.loader import PlainSet
 from proteus.data.sources import Source
 from proteus.data.transforms import EvalTransform
+from proteus.data.workers import load_batches
 from proteus.engine.atomic import write_file
 from proteus.errors import InputError
 from proteus.evaluation.extract import View
@@ -82,15 +81,8 @@ def embed(
     missing = [shard for shard in _shards(len(source)) if not _file(folder, shard).is_file()]
     # A batch never crosses a shard: whether a run was interrupted must not show in the last bits.
     batches = [list(shard[i : i + view.batch_size]) for shard in missing for i in range(0, len(shard), view.batch_size)]
-    loaded = iter(
-        DataLoader(
-            PlainSet(source, EvalTransform(view.size, view.crop)),
-            batch_sampler=batches,
-            num_workers=view.workers if missing else 0,
-            collate_fn=as_is,
-            worker_init_fn=_leave_interrupts if view.workers else None,
-        )
-    )
+    plain = PlainSet(source, EvalTransform(view.size, view.crop))
+    loaded = load_batches(plain, lambda done: batches[done:], view.workers)
     with tqdm(total=sum(map(len, missing)), unit="image", leave=False, disable=None if missing else True) as bar:
         for shard in missing:
             parts = []
@@ -153,10 +145,6 @@ def _open(path: Path, count: int) -> np.ndarray:
         shard = np.load(path, mmap_mode="r")
         if shard.ndim != 2 or len(shard) != count:
             raise ValueError(f"shape {shard.shape}")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a file of another kind may be anything, an archive of several arrays among it
         raise InputError(f"{path} is damaged ({error}): delete it, and it is computed again") from None
     return shard
-
-
-def _leave_interrupts(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process answers it

@@ -53,7 +53,7 @@ def test_folders_and_datasets_are_one_gallery(tmp_path):
 
 
 def test_a_rare_format_becomes_a_png(tmp_path):
-    write_parquet(tmp_path / "set.parquet", [{"bytes": encoded("tga", 50), "path": None}])
+    write_parquet(tmp_path / "set.parquet", [{"bytes": encoded("jpeg2000", 50), "path": None}])
     name, content = open_gallery([f"hf:{tmp_path / 'set.parquet'}"], None, False).stored(0)
     assert name == "00000000.png"
     assert Image.open(io.BytesIO(content)).getpixel((0, 0)) == (50, 0, 0)
