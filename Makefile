@@ -41,7 +41,8 @@ test-slow: setup
 	$(BIN)/python -m pytest -n 2 --slow -m slow
 
 faults: setup  ## harm real runs in every way that docs/reliability.md names, as often as it says
-	$(BIN)/python -m pytest -n 2 --thorough tests/faults
+	$(BIN)/python -m pytest -n 2 --thorough tests/faults tests/data/test_load_batches.py \
+		$(addprefix tests/training/test_,resume.py changes.py errors.py shard.py)
 
 check: setup
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ setup(
         "torchvision>=0.21",
         "timm>=1.0.31",
         XFORMERS,
-        "accelerate>=1.2",
+        "accelerate>=1.15",
         "datasets>=4.0",
         "pyarrow>=15.0",
         "torchmetrics>=1.4",

@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("--model and --out are needed: the model to measure, and the folder for what is found")
         tasks, by_name = choose_tasks(args.tasks)
         # Importing torch takes seconds: what is wrong with the command line is said before.
-        failed = _run(args, tasks, set(tasks) if args.strict else by_name)
+        from proteus.engine.peers import peers_needed
+
+        with peers_needed():
+            failed = _run(args, tasks, set(tasks) if args.strict else by_name)
     except FAILURES as error:
         return say(error, about=str(args.out))
     except KeyboardInterrupt:

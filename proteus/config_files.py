@@ -111,6 +111,8 @@ def read_tree(path: Path, library: Path = CONFIGS, children: tuple[Path, ...] = 
         raise InputError(f"{path}: more than {MAX_BASES} files stand on each other by base, from {children[0]} on")
     try:
         tree = _parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a tag's own reader may raise anything
         raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):

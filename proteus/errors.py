@@ -56,7 +56,9 @@ def say(error: InputError | RunError | OSError, about: str) -> int:
     """
     met_alone = isinstance(error, UnreadableError | WorkerError | PeerError | OSError)
     if met_alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        text = f"{error.filename or about}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{os.fsdecode(error.filename or about)}: {error.strerror or error}"
         print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
     return 2 if isinstance(error, InputError) else 1
 

@@ -10,11 +10,11 @@ import yaml
 from proteus.config_files import CONFIGS, dump_config, load_config
 from proteus.errors import InputError
 
-# base/ holds parts of configs; transfer/ belongs to another command.
+# base/ holds parts of configs; transfer/ and accelerate/ belong to other commands.
 SHIPPED = sorted(
     path.relative_to(CONFIGS).as_posix()
     for path in CONFIGS.rglob("*.yaml")
-    if path.relative_to(CONFIGS).parts[0] not in ("base", "transfer")
+    if path.relative_to(CONFIGS).parts[0] not in ("accelerate", "base", "transfer")
 )
 MINIMAL = {
     "teacher": {"name": "dinov2_vits14"},

@@ -30,11 +30,13 @@ def main(argv: list[str] | None = None) -> int:
         # Importing torch takes seconds: what is wrong with the config is said before.
         from accelerate import PartialState
 
+        from proteus.engine.peers import peers_needed
         from proteus.training.cache_writer import make_cache
         from proteus.training.preflight import check_inputs
 
         check_inputs(cfg, "auto")
-        make_cache(cfg, args.yes, args.check)
+        with peers_needed():
+            make_cache(cfg, args.yes, args.check)
         PartialState().destroy_process_group()
     except FAILURES as error:
         return say(error, about="teacher_cache.dir")

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         # Importing torch takes seconds: what is wrong with the config is said before.
         from accelerate import PartialState
 
+        from proteus.engine.peers import peers_needed
         from proteus.transfer.pipeline import choose_methods, transfer
         from proteus.transfer.preflight import check_inputs
         from proteus.transfer.splits import write_splits
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         check_inputs(cfg)
         seeds = cfg.run.seeds if args.compare else 1
-        transfer(cfg, methods, list(range(cfg.run.seed, cfg.run.seed + seeds)))
+        with peers_needed():
+            transfer(cfg, methods, list(range(cfg.run.seed, cfg.run.seed + seeds)))
         PartialState().destroy_process_group()
     except FAILURES as error:
         return say(error, about="run.dir")

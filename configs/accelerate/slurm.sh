@@ -33,8 +33,8 @@ ask() {
 }
 trap ask USR1
 
-# Single quotes: $SLURM_NODEID is each machine's own.
-srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' bash \
+# Single quotes: $SLURM_NODEID is each machine's own. The CPUs of a task are not srun's by themselves since Slurm 22.05.
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' bash \
     --config_file "${CONFIG:-configs/accelerate/several_nodes.yaml}" \
     --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * gpus)) \
     --main_process_ip "$head" --main_process_port $((20000 + SLURM_JOB_ID % 20000)) \

@@ -113,6 +113,8 @@ class _Crew:
             prefetch_factor=prefetch,
             worker_init_fn=partial(_start_worker, self._notes),
             timeout=POLL,
+            # Children of ours: what they do at their start is for those. Python 3.14 would ask a server for them.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
             generator=torch.Generator(),  # its own: its start must not draw from the one that the step has seeded
         )
         iterator = iter(loader)

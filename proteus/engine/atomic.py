@@ -29,18 +29,26 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
         if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
         raise
-    remove_folder(folder)
+    doomed = _set_aside(folder)
     pending.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder such that a crash on the way leaves nothing that looks whole."""
+    """Delete a folder such that a crash on the way leaves nothing that looks whole.
+
+    What cannot be deleted, because somebody reads it on a network drive, stays under the temporary name.
+    """
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    doomed = folder.with_name(PENDING + "old-" + folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():
-        doomed = folder.with_name(PENDING + "old-" + folder.name)
-        shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+    return doomed
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -53,6 +61,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         write(pending)
         _sync(pending)
         pending.replace(path)
+        _sync(path.parent)
     except BaseException as error:
         full = _is_full(pending, error)
         with contextlib.suppress(OSError):

@@ -21,7 +21,10 @@ def write_checksums(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files that checksums.json names, in a few words; None where they are as written."""
+    """What is wrong with the files that checksums.json names, in a few words; None where they are as written.
+
+    OSError where they cannot be read: that may pass.
+    """
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
         for name, written in sums.items():
@@ -29,10 +32,8 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if file_hash(folder / name) != written:
                 return f"{name} is not as it was written"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"{CHECKSUMS} is missing"
-    except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
-    except (ValueError, AttributeError):  # not JSON, or no mapping
+    except (ValueError, AttributeError, TypeError, RecursionError):  # not JSON, or no mapping
         return f"{CHECKSUMS} is not as it was written"
     return None

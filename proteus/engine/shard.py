@@ -4,7 +4,6 @@ A module that is not sharded passes through all that is here as it is, so whoeve
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,18 +21,9 @@ State = dict[str, Tensor]
 
 
 def shards(accelerator: Accelerator) -> bool:
-    """Whether Accelerate is set to FSDP2. InputError where it is set to FSDP1, which this is not.
-
-    On a CPU Accelerate takes no notice of FSDP but in its environment.
-    """
+    """Whether Accelerate is set to FSDP. On a CPU it takes no notice of that but in its environment."""
     on_cpu = accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if accelerator.distributed_type != DistributedType.FSDP and not on_cpu:
-        return False
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise InputError(
-            "accelerate is set to FSDP1: give fsdp_version: 2 in its config, as configs/accelerate/fsdp.yaml does"
-        )
-    return True
+    return on_cpu or accelerator.distributed_type == DistributedType.FSDP
 
 
 def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, methods: Sequence[str] = ()) -> None:

@@ -196,9 +196,17 @@ class Board:
 def _cut_log(path: Path, done_steps: int) -> None:
     """Leave out what a killed run logged after its last checkpoint, half a row perhaps: those steps come again."""
     if path.is_file():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        kept = "".join(line for line in whole if done_steps and json.loads(line)["step"] <= done_steps)
-        write_file(path, lambda pending: pending.write_text(kept))
+        lines = path.read_bytes().splitlines(keepends=True) if done_steps else []
+        kept = b"".join(line for line in lines if 0 <= _step_of(line) <= done_steps)
+        write_file(path, lambda pending: pending.write_bytes(kept))
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a whole row; -1 for what a machine that lost its power left in place of one."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"}\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def peak_memory_gb(device: torch.device) -> float:

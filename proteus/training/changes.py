@@ -9,9 +9,8 @@ import yaml
 from proteus.config import Config
 from proteus.config_files import dump_config, flat_keys
 from proteus.errors import InputError
-from proteus.training.state import list_checkpoints
 
-CONFIG = "config.yaml"  # of a run directory: what it was last started with
+CONFIG = "config.yaml"  # of a checkpoint: what it was made under; of a run directory: what it was last started with
 
 # Keys, or sections of them. A step number would mean other images, or weights other parts: refused. So are, by what
 # the checkpoint says of itself, other networks, another number of images, and of images to a step.
@@ -20,8 +19,8 @@ REFUSED = ("run.seed", "data.repeats", "student.tune", "student.rank")
 # These change nothing that is computed: not even told.
 HARMLESS = (
     *("run.dir", "run.log_every", "run.save_every", "run.keep", "run.max_nonfinite"),
-    *("data.workers", "data.timeout", "data.max_bad_share", "data.max_bad_files", "data.download", "probe"),
-    *("teacher.download", "teacher.shard"),
+    *("data.workers", "data.timeout", "data.max_bad_share", "data.max_bad_files", "data.download", "teacher.download"),
+    *("probe.every_epochs", "probe.bank", "probe.neighbours", "probe.pictures", "probe.crop"),
 )
 
 
@@ -32,36 +31,39 @@ class Changes(NamedTuple):
     told: list[str]
 
 
-def changes(cfg: Config, directory: Path) -> Changes:
-    """What of a config differs from the one that the run in `directory` was last started with."""
+def changes(cfg: Config, checkpoint: Path) -> Changes:
+    """What of a config differs from the one that a checkpoint was made under."""
     result = Changes([], [])
-    before = _read(directory / CONFIG)
-    if before is None:
-        return result
-    then, now = flat_keys(_numbered(before)), flat_keys(_numbered(yaml.safe_load(dump_config(cfg))))
-    for key in sorted(now.keys() | then.keys()):
+    then, now = _read(checkpoint / CONFIG), _flat(dump_config(cfg))
+    for key in sorted(now.keys() | then.keys()) if then else []:
         if then.get(key) == now.get(key) or _is_in(key, HARMLESS):
             continue
         line = f"{key}: {then.get(key)} -> {now.get(key)}"
-        (result.refused if _is_in(key, REFUSED) else result.told).append(line)
+        refused = _is_in(key, REFUSED) and key in then  # not one that was not there yet
+        (result.refused if refused else result.told).append(line)
     return result
+
+
+def _flat(text: str) -> dict[str, Any]:
+    return flat_keys(_numbered(yaml.safe_load(text)))
 
 
 def _numbered(tree: Any) -> Any:
     """A tree with mappings in place of lists of mappings: students.0.tune is a key as student.tune is."""
     if isinstance(tree, list) and tree and all(isinstance(one, dict) for one in tree):
         tree = dict(enumerate(tree))
-    return {key: _numbered(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    return {str(key): _numbered(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def check_changes(cfg: Config, directory: Path) -> None:
-    """InputError where a run that has checkpoints in `directory` cannot go on under this config."""
-    refused = changes(cfg, directory).refused if list_checkpoints(directory / "checkpoints") else []
-    if refused:
+def check_changes(cfg: Config, checkpoint: Path) -> list[str]:
+    """What has changed since a checkpoint and is to be told; InputError where a run cannot go on from it so."""
+    found = changes(cfg, checkpoint)
+    if found.refused:
         raise InputError(
-            f"run.dir={directory} holds a run that cannot go on with {'; '.join(refused)}: give another run.dir, "
-            "or take the change back"
+            f"a run cannot go on from {checkpoint} with {'; '.join(found.refused)}: take the change back, or give "
+            "another run.dir to begin again"
         )
+    return found.told
 
 
 def _is_in(key: str, group: tuple[str, ...]) -> bool:
@@ -69,9 +71,9 @@ def _is_in(key: str, group: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in group)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any]:
+    """The keys of a config; none where it cannot be read: whether a checkpoint is whole, its checksums tell."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return None
-    return tree if isinstance(tree, dict) else None
+        return _flat(path.read_text())
+    except Exception:  # what is damaged may raise anything
+        return {}

@@ -21,7 +21,7 @@ from proteus.training.cache import hash_of_names
 from proteus.training.flops import training_flops
 from proteus.training.learner import Learner
 from proteus.training.memory import settle_batch_size
-from proteus.training.nonfinite import diverged, too_many
+from proteus.training.nonfinite import check_learnt, diverged, too_many
 from proteus.training.probe import Probe, split_source
 from proteus.training.state import Checkpoints, Progress
 from proteus.training.stop import Stop
@@ -56,10 +56,11 @@ def train(
     assert validation is None or len(learners) == 1, "a validation chooses one student's weights"
 
     networks = start.describe_networks(cfg, teachers, learners)
-    checkpoints = Checkpoints(directory, cfg.run.keep, learners, accelerator, networks)
+    checkpoints = Checkpoints(directory, cfg, learners, accelerator, networks)
     begin = Progress(len(source), sampler.images_per_step, hash_of_names(source, count=1000))
-    progress, said = start.resume_run(checkpoints, begin, resume, accelerator)
-    notes += said + start.write_config(cfg, directory, accelerator, progress)
+    progress, said = start.resume_run(checkpoints, begin, plan.total_steps, resume, accelerator)
+    notes += said
+    start.write_config(cfg, directory, accelerator)
     loading = rank, cfg.data.workers, cfg.data.timeout
     batches = training_batches(dataset, sampler, progress.step, plan.total_steps, *loading)
     seen_bad = set(progress.bad_images)
@@ -102,7 +103,7 @@ def train(
             progress.step = step
 
             validates = validation is not None and validation.due(step, plan.total_steps)
-            stopping = stop.agreed()
+            stopping = stop.agreed() and step < plan.total_steps  # a run that is done has nothing to stop
             if plan.logs(step) or validates or stopping:  # the only place that waits for the device
                 _gather_bad(seen_bad, progress, source, directory, accelerator)
                 skipped = board.show(step, rate, len(progress.bad_images))
@@ -127,6 +128,7 @@ def train(
 
         done = progress.step >= plan.total_steps
         if done:
+            check_learnt(progress)
             for learner in learners:
                 written = learner.write_student() if validation is None else directory / "student.safetensors"
                 learner.write_average()

@@ -19,6 +19,7 @@ from proteus.config import Config
 from proteus.data.dense import DenseSource
 from proteus.data.loader import Batch
 from proteus.data.sources import Source
+from proteus.engine.shard import own_share
 from proteus.errors import InputError
 from proteus.training.learner import Learner
 from proteus.training.start import Parts, build_parts
@@ -113,7 +114,8 @@ def _state_bytes(learner: Learner) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    shares = [own_share(tensor) for tensor in (*module.parameters(), *module.buffers())]
+    return sum(share.numel() * share.element_size() for share in shares)
 
 
 def settle_batch_size(cfg: Config, source: Source | DenseSource, accelerator: Accelerator, directory: Path) -> Config:

@@ -17,6 +17,7 @@ from proteus.losses import check_losses
 from proteus.models import zoo
 from proteus.models.attention import check_attention
 from proteus.training.changes import check_changes
+from proteus.training.state import list_checkpoints
 from proteus.training.teacher import RANDOM, find_weights
 
 
@@ -27,7 +28,7 @@ def check_inputs(cfg: Config, resume: str) -> None:
         *(partial(check_name, key, section.name) for key, section in _students(cfg).items()),
         *(partial(check_teacher, key, teacher) for key, teacher in cfg.all_teachers.items()),
         lambda: _check_files(cfg, resume),
-        lambda: check_changes(cfg, Path(str(cfg.run.dir))) if resume == "auto" else None,
+        lambda: _check_changes(cfg, resume),
         lambda: check_device(cfg.run),
         lambda: check_roots(cfg.data),
     ]
@@ -84,6 +85,14 @@ def _check_files(cfg: Config, resume: str) -> None:
         )
     if missing:
         raise InputError(*missing)
+
+
+def _check_changes(cfg: Config, resume: str) -> None:
+    found = list_checkpoints(Path(str(cfg.run.dir)) / "checkpoints")
+    if resume not in ("auto", "never"):
+        check_changes(cfg, Path(resume))
+    elif found and resume == "auto":
+        check_changes(cfg, found[-1])
 
 
 def _students(cfg: Config) -> dict[str, Student]:

@@ -1,7 +1,9 @@
 """How a run starts: devices, the lock, what must fit together, where it goes on from, what it says of itself."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -10,9 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 from torch import nn
 
@@ -35,7 +39,7 @@ from proteus.errors import InputError
 from proteus.losses import LOSSES
 from proteus.models import Encoder
 from proteus.training.cache import CachedTeacher, open_cache
-from proteus.training.changes import CONFIG, changes
+from proteus.training.changes import CONFIG
 from proteus.training.dense import DenseTrainingSet
 from proteus.training.learner import Learner, build_learners
 from proteus.training.plan import Plan
@@ -54,14 +58,22 @@ def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
     # A head may leave a part of a network out: the pooling, the norm of the class token alone, of its last block.
     with_head = bool({LABEL_CE, "logits_kl"} & cfg.computed_losses)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=fixed_buckets or with_head, broadcast_buffers=False)
+    # Its successor is torch 2.15's, and we run on older ones.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     if cfg.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "accelerate is set to FSDP1: give fsdp_version: 2 in its config, as configs/accelerate/fsdp.yaml does"
+        )
+    # What only the main process does (a checkpoint, a probe) the others wait for, and all wait for a hanging worker.
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=3600 + cfg.data.timeout))
     accelerator = Accelerator(
         mixed_precision=cfg.run.precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory)),
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, patience],
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -106,9 +118,12 @@ def check_checkpoints(directory: Path, resume: str, accelerator: Accelerator) ->
     """See that the checkpoint to go on from is as it was written; what is worth telling about the others."""
 
     def check() -> list[str]:
-        if resume not in ("auto", "never") and (wrong := damage(Path(resume))):
-            raise InputError(f"--resume {resume} is damaged: {wrong}")
-        return sweep(directory / "checkpoints") + set_damaged_aside(directory / "checkpoints")
+        try:
+            if resume not in ("auto", "never") and (wrong := damage(Path(resume))):
+                raise InputError(f"--resume {resume} is damaged: {wrong}")
+            return sweep(directory / "checkpoints") + set_damaged_aside(directory / "checkpoints")
+        except OSError as error:  # of the storage, perhaps for a while: no verdict on a checkpoint
+            raise InputError(f"{error.filename or directory} cannot be read or moved: {error.strerror}") from None
 
     return on_main(accelerator, check)
 
@@ -205,7 +220,7 @@ def check_masks(cfg: Config, sampler: Sampler, patches: int) -> None:
 
 
 def resume_run(
-    checkpoints: Checkpoints, begin: Progress, resume: str, accelerator: Accelerator
+    checkpoints: Checkpoints, begin: Progress, total_steps: int, resume: str, accelerator: Accelerator
 ) -> tuple[Progress, list[str]]:
     """Where the run starts, and what is worth telling about it. The main process decides which checkpoint it is."""
     found = on_main(accelerator, lambda: list_checkpoints(checkpoints.folder))
@@ -216,15 +231,16 @@ def resume_run(
         raise InputError(f"{folder} is of an earlier run: give another run.dir, or leave --resume at auto to go on")
     complaint, progress, notes = None, begin, []
     try:
-        progress, changed = checkpoints.load(folder)
+        progress, told = checkpoints.load(folder)
         _check_same_data(begin, progress, folder, accelerator.num_processes)
         newest = int(found[-1].name.removeprefix("step_")) if found else 0
         if newest > progress.step:
             raise InputError(
                 f"{checkpoints.folder} goes on to step {newest}: to branch off at {folder}, give another run.dir"
             )
-        notes = [f"resumed from {folder}"]
-        notes += [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
+        notes = [f"resumed from {folder}", *told]
+        if progress.step > total_steps:
+            notes.append(f"warning: {progress.step} steps are done already, and the schedule has {total_steps}")
         if progress.image_names != begin.image_names:
             notes.append(
                 "warning: the images have other names than at the checkpoint; if they are others, so is the run"
@@ -249,18 +265,16 @@ def _check_same_data(begin: Progress, progress: Progress, folder: Path, processe
         )
     if progress.images != begin.images:
         raise InputError(
-            f"{folder} is of a set of {progress.images} images, and there are {begin.images} now: "
+            f"{folder} is of a set of {progress.images} images, and there are {begin.images} now (without those that a "
+            "probe holds out): "
             "start another run.dir; student.checkpoint takes the weights along"
         )
 
 
-def write_config(cfg: Config, directory: Path, accelerator: Accelerator, progress: Progress) -> list[str]:
-    """Write config.yaml; returns a warning where a run goes on under another config than it began with."""
-    if not accelerator.is_main_process:
-        return []
-    told = changes(cfg, directory).told if progress.step else []
-    write_file(directory / CONFIG, lambda pending: pending.write_text(dump_config(cfg)))
-    return [f"warning: the config has changed since the run began ({'; '.join(told)})"] if told else []
+def write_config(cfg: Config, directory: Path, accelerator: Accelerator) -> None:
+    """Write config.yaml into the run directory."""
+    if accelerator.is_main_process:
+        write_file(directory / CONFIG, lambda pending: pending.write_text(dump_config(cfg)))
 
 
 def summarise(cfg: Config, parts: Parts, source: Source | DenseSource, accelerator: Accelerator) -> list[str]:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import numpy
@@ -16,13 +15,17 @@ import timm
 import torch
 import torchvision
 from accelerate import Accelerator
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 import proteus
+from proteus.config import Config
+from proteus.config_files import dump_config
 from proteus.engine.atomic import PENDING, remove_folder, write_folder
 from proteus.engine.checksums import damage, write_checksums
-from proteus.engine.shard import State, full_optimizer_state, full_state, load_full, load_full_optimizer
+from proteus.engine.shard import full_optimizer_state, full_state, load_full, load_full_optimizer
 from proteus.errors import InputError, RunError
+from proteus.training.changes import CONFIG, check_changes
 from proteus.training.learner import Learner
 
 
@@ -58,68 +61,67 @@ class Checkpoints:
     """`checkpoints/step_N/` of a run directory: whole or not there, the newest `keep` of them.
 
     A checkpoint is model.safetensors (student and heads), ema.safetensors, optimizer.pt, scaler.pt (fp16),
-    progress.json and checksums.json; of several students the first three are in students/<name>/. Random state is not
-    among it: every draw is a function of the seed and the step.
+    progress.json, config.yaml and checksums.json; of several students the first three are in students/<name>/. Random
+    state is not among it: every draw is a function of the seed and the step.
     """
 
     def __init__(
         self,
         directory: Path,
-        keep: int,
+        cfg: Config,
         learners: Sequence[Learner],
         accelerator: Accelerator,
         networks: dict[str, str],
     ):
-        self.folder, self._networks = directory / "checkpoints", networks
-        self._keep, self._learners, self._accelerator = keep, learners, accelerator
+        self.folder, self._networks, self._cfg = directory / "checkpoints", networks, cfg
+        self._learners, self._accelerator = learners, accelerator
 
     def save(self, progress: Progress) -> None:
-        """Write `step_N`, then delete what is older than the newest `keep`.
+        """Write `step_N`, unless it is there, then delete what is older than the newest `run.keep`.
 
         The main process writes; all call it, as they hold shares of the weights perhaps.
         """
-        keep = self._accelerator.is_main_process
-        states = {learner.name: _gather(learner, keep) for learner in self._learners}
-        if not keep:
+        target = self.folder / f"step_{progress.step}"
+        # To write anew what a failing disk holds whole would risk it.
+        if not self._accelerator.is_main_process or damage(target) is None:
+            for learner in self._learners:
+                _save(learner, None)
             return
 
         def fill(folder: Path) -> None:
             for learner in self._learners:
-                place = self._place(folder, learner)
-                place.mkdir(parents=True, exist_ok=True)
-                weights, moments, average = states[learner.name]
-                save_file(weights, place / "model.safetensors")
-                torch.save(moments, place / "optimizer.pt")
-                if learner.ema is not None:
-                    save_file(average, place / "ema.safetensors")
+                _save(learner, self._place(folder, learner))
             if self._accelerator.scaler is not None:
                 torch.save(self._accelerator.scaler.state_dict(), folder / "scaler.pt")
             facts = asdict(progress) | {"environment": environment(self._accelerator), "networks": self._networks}
             (folder / "progress.json").write_text(json.dumps(facts))
+            (folder / CONFIG).write_text(dump_config(self._cfg))
             write_checksums(folder)
 
         try:
-            write_folder(self.folder / f"step_{progress.step}", fill)
+            write_folder(target, fill)
         except Exception as error:  # a full disk is told by each writer in its own way
             message = " ".join(str(error).split())[:200]
             raise RunError(
                 f"the checkpoint of step {progress.step} cannot be written to {self.folder}: {message}"
             ) from None
-        for old in list_checkpoints(self.folder)[: -self._keep]:
+        for old in list_checkpoints(self.folder)[: -self._cfg.run.keep]:
             remove_folder(old)
 
     def load(self, folder: Path) -> tuple[Progress, list[str]]:
-        """Restore everything from `folder`: (progress, what of the environment has changed since).
+        """Restore everything from `folder`: (progress, warnings of what has changed since).
 
-        InputError where the checkpoint is of other networks, whose weights might fit all the same.
+        InputError where the checkpoint is of other networks, whose weights might fit all the same, or of a config that
+        has changed in what must not.
         """
+        told = check_changes(self._cfg, folder)
         groups = [group for learner in self._learners for group in learner.optimizer.param_groups]
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             facts = json.loads((folder / "progress.json").read_text())
-            then = facts.pop("environment")
+            then = dict(facts.pop("environment"))
             self._check_networks(facts.pop("networks"), folder)
-            progress = Progress(**facts)
+            progress = TypeAdapter(Progress).validate_python(facts)
             for learner in self._learners:
                 _load(learner, self._place(folder, learner))
             if self._accelerator.scaler is not None and (folder / "scaler.pt").is_file():
@@ -137,7 +139,11 @@ class Checkpoints:
         for group, built in zip(groups, settings, strict=True):
             group.update(built)  # the config's weight decay and betas, should they have changed
         now = environment(self._accelerator)
-        return progress, [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        changed = [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        notes = [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
+        if told:
+            notes.append(f"warning: the config has changed since the checkpoint ({'; '.join(told)})")
+        return progress, notes
 
     def _check_networks(self, then: dict[str, str], folder: Path) -> None:
         now = self._networks
@@ -154,11 +160,11 @@ class Checkpoints:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Delete what a crash left under a temporary name: a line for each."""
+    """Delete what was being written, or deleted, when a run ended: a line for each."""
     pending = sorted(folder.glob(PENDING + "*"))
     for path in pending:
-        shutil.rmtree(path)
-    return [f"warning: {path.name} was half-written and is left out" for path in pending]
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return [f"warning: {path.name} was left by a run that was cut off, and is deleted" for path in pending]
 
 
 def set_damaged_aside(folder: Path) -> list[str]:
@@ -198,15 +204,30 @@ def read_progress(folder: Path) -> Progress:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, oldest first. Each has been whole; whether it still is, its checksums tell."""
     numbered = [
-        (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
+        (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_([0-9]+)", path.name))
     ]
     return [path for _, path in sorted(numbered)]
 
 
-def _gather(learner: Learner, keep: bool) -> tuple[State, dict[str, Any], State]:
-    """Whole weights, optimiser state and average of a learner, empty where they are not to be kept."""
-    average = full_state(learner.ema.module, keep) if learner.ema is not None else {}
-    return full_state(learner.task, keep), full_optimizer_state(learner.optimizer, keep), average
+def _save(learner: Learner, folder: Path | None) -> None:
+    """Write a learner's weights, optimiser state and average; None: only take part in bringing them together.
+
+    One after the other, so that no more than one of them is in memory twice.
+    """
+    keep = folder is not None
+    weights = full_state(learner.task, keep)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "model.safetensors")
+    del weights
+    moments = full_optimizer_state(learner.optimizer, keep)
+    if folder is not None:
+        torch.save(moments, folder / "optimizer.pt")
+    del moments
+    if learner.ema is not None:
+        average = full_state(learner.ema.module, keep)
+        if folder is not None:
+            save_file(average, folder / "ema.safetensors")
 
 
 def _load(learner: Learner, folder: Path) -> None:

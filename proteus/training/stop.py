@@ -1,20 +1,24 @@
-"""SIGTERM, SIGINT and SIGUSR1: finish the step, write a checkpoint, then leave. A second one leaves at once."""
+"""SIGTERM, SIGINT and SIGUSR1: finish the step, write a checkpoint, then leave. A later one leaves at once."""
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last: what Slurm sends before the time is up
+# Seconds in which signals are one request: Ctrl-C, or a scheduler's SIGTERM, goes to a launcher as well, which passes
+# it on.
+GRACE = 2.0
 
 
 class Stop:
     """Whether the run has been asked to stop. `signum` is the signal that asked, 0 while none did."""
 
     def __init__(self, accelerator: Accelerator):
-        self.signum = 0
+        self.signum, self._asked = 0, 0.0
         self._flag = torch.tensor(0)
         self._reduction: torch.distributed.Work | None = None
         several = accelerator.num_processes > 1
@@ -22,9 +26,10 @@ class Stop:
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def _ask(self, number: int, _frame: object) -> None:
-        if self.signum:
+        if self.signum and time.monotonic() - self._asked > GRACE:
             os._exit(128 + number)
-        self.signum = number
+        if not self.signum:
+            self.signum, self._asked = number, time.monotonic()
 
     def agreed(self) -> bool:
         """Whether all processes stop after this step; each calls it once a step.

@@ -31,4 +31,6 @@ def test_a_later_step_fetches_little_from_the_kernel():
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
-    assert faults(True) < 0.3 * faults(False)  # of the 81,920 pages that a step writes to
+    # Of the 81,920 pages that a step writes to. Without us, whatever happens to lie above the blocks may keep them.
+    assert faults(True) < 8_000
+    assert any(faults(False) > 40_000 for _ in range(10))

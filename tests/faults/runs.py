@@ -115,7 +115,6 @@ def warm_up() -> None:
 
 def _run_tool(output: Path, tool: str, words: tuple[str, ...], prelude: str) -> None:
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # as in any process that was not started in this way
     os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     handle = os.open(output, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)

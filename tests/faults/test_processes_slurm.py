@@ -16,7 +16,7 @@ CONFIGS = ROOT / "configs/accelerate"
 
 # All nodes are this machine.
 SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
+while [[ $1 == --* ]]; do echo "$1" >> "$OPTIONS"; shift; done
 for node in $(seq 0 $((SLURM_NNODES - 1))); do
     SLURM_NODEID=$node "$@" &
     tasks+=($!)
@@ -51,6 +51,8 @@ def job(tmp_path, tiny, thorough):
     environment = os.environ | {
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "ASKED": str(tmp_path / "asked"),
+        "OPTIONS": str(tmp_path / "options"),
+        "SLURM_CPUS_PER_TASK": "3",
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "SLURM_JOB_ID": str(os.getpid()),
@@ -105,3 +107,4 @@ def test_a_job_that_fails_is_not_requeued(job, tmp_path):
     assert failed.wait(120) != 0
     assert "did you mean 'token'?" in (tmp_path / "job.log").read_text()
     assert not (tmp_path / "asked").exists()
+    assert "--cpus-per-task=3" in (tmp_path / "options").read_text().splitlines()

@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 
+from proteus.training.stop import GRACE
 from tests.faults.runs import SLOW_CHECKPOINT, SLOW_STEP, assert_same_end, assert_same_log, resumed_from
 from tests.training.conftest import LAUNCH
 
@@ -39,6 +40,9 @@ def test_a_second_signal_exits_at_once(forked):
     assert stuck.wait_until(lambda: stuck.steps() >= 1), stuck.output()
     stuck.kill(signal.SIGTERM)
     assert stuck.wait_until(lambda: any((stuck.directory / "checkpoints").glob(".pending-step_*"))), stuck.output()
+    stuck.kill(signal.SIGTERM)  # as a launcher does that has got the same one
+    time.sleep(GRACE + 0.2)
+    assert stuck.process.is_alive()
     stuck.kill(signal.SIGTERM)
     assert stuck.wait(timeout=20) == 128 + signal.SIGTERM
 
@@ -56,16 +60,26 @@ def test_a_second_run_on_the_directory_refuses_and_does_no_harm(forked, run_here
     assert run_here(*SETTINGS) == 0  # the lock of a process that has ended is free
 
 
-def test_a_signal_stops_two_processes_at_one_step_without_waiting_for_the_interval(trainer):
+LAUNCHER = pytest.param("launcher", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("to", ["main process", LAUNCHER])
+def test_a_signal_stops_two_processes_at_one_step_without_waiting_for_the_interval(trainer, to):
     settings = ("schedule.steps=1000", "run.log_every=10", "run.save_every=1000")
-    run = trainer("two", *settings, launcher=LAUNCH, prelude=SLOW_STEP.format(0.3))
+    # The other process must not end while the checkpoint is written: a launcher then ends the main one as well.
+    slow = SLOW_STEP.format(0.3) + SLOW_CHECKPOINT.format(0.5)
+    run = trainer("two", *settings, launcher=LAUNCH, prelude=slow)
     run.wait_until(lambda: run.steps() >= 10)
-    run.process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on and gives 30 seconds
+    number = signal.SIGUSR1 if to == "main process" else signal.SIGTERM
+    if to == "main process":
+        run.kill(number)
+    else:
+        run.process.send_signal(number)  # which passes it on and gives 30 seconds
     run.wait(timeout=60)
     (saved,) = (run.directory / "checkpoints").glob("step_*")
     step = int(saved.name.removeprefix("step_"))
     assert 10 < step < 20
-    assert f"stopped by signal 15 after step {step};" in run.output()
+    assert f"stopped by signal {int(number)} after step {step};" in run.output()
 
 
 @pytest.mark.slow

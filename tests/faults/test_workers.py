@@ -17,12 +17,6 @@ from tests.faults.runs import SLOW_STEP, assert_same_end
 from tests.training.conftest import LAUNCH
 from tools import pack
 
-# A worker is a fork of its trainer, as in an ordinary run, and inherits what a prelude has changed.
-FORK = """
-import multiprocessing
-multiprocessing.set_start_method("fork", force=True)
-"""
-
 HANG = """
 import os, time
 from proteus.data.sources import DigitsSource
@@ -48,7 +42,7 @@ def workers_of(trainer: psutil.Process) -> list[psutil.Process]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.slow)])
 def test_a_run_goes_on_without_its_workers(forked, run_here, tmp_path, number, thorough):
     assert run_here("data.workers=0", "run.accumulate=2", directory="whole") == 0
-    run = forked("run", "data.workers=2", "run.accumulate=2", prelude=FORK + SLOW_STEP.format(0.1))
+    run = forked("run", "data.workers=2", "run.accumulate=2", prelude=SLOW_STEP.format(0.1))
     kills = 0
     for step in (1, 3, 5, 7) if thorough else (1, 6):
         assert run.wait_until(lambda step=step: run.steps() >= step)
@@ -66,7 +60,7 @@ def test_a_run_goes_on_without_its_workers(forked, run_here, tmp_path, number, t
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_worker_outlives_its_trainer(forked, number):
-    run = forked("run", "data.workers=2", prelude=FORK + SLOW_STEP.format(0.2))
+    run = forked("run", "data.workers=2", prelude=SLOW_STEP.format(0.2))
     assert run.wait_until(lambda: run.steps() >= 1)
     workers = workers_of(psutil.Process(run.process.pid))
     assert workers
@@ -81,7 +75,7 @@ def test_a_hanging_worker_stops_the_run_which_then_goes_on(forked, run_here, tmp
     settings = ("data.workers=2", "data.timeout=3", "run.save_every=5")
     order = np.random.default_rng((0, 0)).permutation(1347)
     hanging = int(order[8 * 9])  # of the tenth batch: 16 images, each twice
-    run = forked("run", *settings, prelude=FORK + HANG.format(index=hanging, rank=0) + SLOW_STEP.format(0.01))
+    run = forked("run", *settings, prelude=HANG.format(index=hanging, rank=0) + SLOW_STEP.format(0.01))
     assert run.wait_until(lambda: run.steps() >= 7)
     start = time.monotonic()
     assert run.wait(60) == 1, run.output()
@@ -101,7 +95,7 @@ def test_a_hanging_worker_stops_the_run_which_then_goes_on(forked, run_here, tmp
 
 @pytest.mark.slow
 def test_frozen_workers_stop_the_run(forked):
-    run = forked("run", "data.workers=2", "data.timeout=2", "schedule.steps=500", prelude=FORK + SLOW_STEP.format(0.05))
+    run = forked("run", "data.workers=2", "data.timeout=2", "schedule.steps=500", prelude=SLOW_STEP.format(0.05))
     assert run.wait_until(lambda: run.steps() >= 3)
     for worker in workers_of(psutil.Process(run.process.pid)):
         worker.suspend()
@@ -197,12 +191,12 @@ def test_writing_a_cache_goes_on_without_a_worker_and_tells_where_it_hangs(forke
     settings = ("teacher_cache.views=1", "teacher_cache.tokens=all", "--yes")
     whole = forked("whole", "data.workers=0", *settings, tool="cache")
     assert whole.wait() == 0, whole.output()
-    prelude = FORK + HANG.format(index=700, rank=0)
+    prelude = HANG.format(index=700, rank=0)
     hanging = forked("cache", "data.workers=2", "data.timeout=3", *settings, tool="cache", prelude=prelude)
     assert hanging.wait(60) == 1, hanging.output()
     (line,) = [line for line in hanging.output().splitlines() if line.startswith("error:")]
     assert "no batch for 3 s from the workers at digit " in line
-    slow = FORK + HANG.format(index=-1, rank=0).replace("    return load", "    time.sleep(0.002)\n    return load")
+    slow = HANG.format(index=-1, rank=0).replace("    return load", "    time.sleep(0.002)\n    return load")
     run = forked("cache", "data.workers=2", *settings, tool="cache", prelude=slow)
     assert run.wait_until(lambda: bool(workers_of(psutil.Process(run.process.pid))))
     time.sleep(0.3)

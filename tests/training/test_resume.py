@@ -57,9 +57,13 @@ def test_a_change_that_a_run_cannot_take_is_refused(run_here, tmp_path, capsys, 
     assert run_here("schedule.steps=10", change) == 2
     (line,) = capsys.readouterr().err.splitlines()
     key, value = change.split("=")
-    assert line.startswith(f"error: run.dir={tmp_path}/run holds a run that cannot go on with {key}: ")
-    assert f" -> {value}: give another run.dir" in line
+    assert line.startswith(f"error: a run cannot go on from {tmp_path}/run/checkpoints/step_5 with {key}: ")
+    assert f" -> {value}: take the change back" in line
     assert (tmp_path / "run/config.yaml").read_text() == kept
+    for directory in ("run", "other"):  # nor where a checkpoint is named
+        path = f"--resume={tmp_path}/run/checkpoints/step_5"
+        assert run_here(path, "schedule.steps=10", change, directory=directory) == 2
+        assert capsys.readouterr().err.splitlines() == [line]
 
 
 def test_a_change_of_no_consequence_is_not_told(run_here, tmp_path, capsys):
@@ -204,16 +208,79 @@ def test_rows_after_the_checkpoint_are_not_logged_twice(run_here, tmp_path):
     assert [row["step"] for row in read_log(tmp_path / "run")] == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    "junk", [b"\0\0\0}\n", b"\xff\xfe junk\n", b'{"x": 1}\n', b'{"step": 4, "lo{"step": 5}\n', b"[]}\n"]
+)
+def test_a_damaged_row_of_the_log_is_left_out(run_here, tmp_path, junk):
+    assert run_here("schedule.steps=5") == 0
+    rows = (tmp_path / "run/log.jsonl").read_bytes()
+    (tmp_path / "run/log.jsonl").write_bytes(rows + junk)
+    assert run_here("schedule.steps=6") == 0
+    assert (tmp_path / "run/log.jsonl").read_bytes().startswith(rows)
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_whole_is_not_written_anew(run_here, tmp_path, monkeypatch):
+    """As after a resume whose first batch cannot be read: a disk that fails could lose it."""
+    from proteus.data.sources import DigitsSource
+
+    assert run_here("schedule.steps=5") == 0
+    before = {path: path.stat().st_ino for path in (tmp_path / "run/checkpoints/step_5").iterdir()}
+
+    def gone(*_):
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(DigitsSource, "load", gone)
+    assert run_here("schedule.steps=10") == 2
+    assert {path: path.stat().st_ino for path in (tmp_path / "run/checkpoints/step_5").iterdir()} == before
+
+
+def test_storage_that_cannot_be_read_is_no_verdict_on_a_checkpoint(run_here, tmp_path, capsys, monkeypatch):
+    import hashlib
+
+    assert run_here("schedule.steps=10") == 0
+
+    def fails(*_):
+        raise OSError(5, "Input/output error", "model.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", fails)
+        capsys.readouterr()
+        assert run_here("schedule.steps=11") == 2
+    assert capsys.readouterr().err == "error: model.safetensors cannot be read or moved: Input/output error\n"
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_10", "step_5"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(run_here, tmp_path, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def busy(path, ignore_errors=False, **kwargs):
+        if "step_" in str(path) and Path(path).exists() and not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+        if "old-step_" not in str(path):
+            rmtree(path, ignore_errors=ignore_errors, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        assert run_here("run.keep=1") == 0
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == [".pending-old-step_10", ".pending-old-step_5", "step_12"]
+    assert run_here("run.keep=1", "schedule.steps=13") == 0
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_13"]
+
+
 def test_a_shorter_schedule_than_what_is_done_is_done(run_here, tmp_path, capsys):
     assert run_here("schedule.steps=6") == 0
     (tmp_path / "run/student.safetensors").unlink()
     assert run_here("schedule.steps=3") == 0
-    assert "after 6 steps" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()
+    assert "warning: 6 steps are done already, and the schedule has 3" in said
+    assert "after 6 steps" in said[-1]
     assert (tmp_path / "run/student.safetensors").is_file()
 
 
 def test_the_main_process_says_which_checkpoint_all_load(trainer, tmp_path):
-    """A second machine that does not see the run directory is an error, not a run from another step."""
+    """Even to a process that would look for it elsewhere."""
     settings = ("schedule.steps=8", "run.batch_size=8")
     first = trainer("run", *settings, launcher=LAUNCH)
     assert first.wait() == 0, first.output()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -411,7 +412,8 @@ def test_frozen_parameters_are_not_optimised():
 def test_batch_statistics_are_of_all_gpus(tiny, device, processes, said):
     name = "student={name: timm/resnet10t}"
     cfg = load_config(str(tiny), [name, "teacher=null", "losses={label_ce: 1.0}", "data.image_size=64"])
-    accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
+    kind = DistributedType.NO if processes == 1 else DistributedType.MULTI_GPU
+    accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device), distributed_type=kind)
     student, sizes = build_student(cfg, [], accelerator)
     assert sizes.crop == sizes.student == 64
     assert start.describe_norms(student, accelerator) == said
@@ -420,7 +422,8 @@ def test_batch_statistics_are_of_all_gpus(tiny, device, processes, said):
 
 
 def test_a_network_without_batch_statistics_says_nothing_of_them(tiny):
-    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
+    kind = DistributedType.MULTI_GPU
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda"), distributed_type=kind)
     cfg = load_config(str(tiny), ["teacher=null", "losses={label_ce: 1.0}"])
     student, _ = build_student(cfg, [], accelerator)
     assert start.describe_norms(student, accelerator) == []
