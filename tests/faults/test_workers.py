@@ -106,7 +106,7 @@ def test_frozen_workers_stop_the_run(forked):
 
 @pytest.mark.slow
 def test_workers_of_one_process_of_two(trainer, tmp_path):
-    settings = ("run.batch_size=8", "run.accumulate=2")
+    settings = ("run.batch_size=8", "run.accumulate=2", "schedule.steps=25")  # workers are gone before the last steps
     whole = trainer("whole", *settings, "data.workers=0", launcher=LAUNCH)
     assert whole.wait() == 0, whole.output()
     run = trainer("run", *settings, "data.workers=2", launcher=LAUNCH, prelude=SLOW_STEP.format(0.2))
@@ -116,7 +116,7 @@ def test_workers_of_one_process_of_two(trainer, tmp_path):
             workers_of(psutil.Process(run.pid()))[0].kill()
     assert run.wait() == 0, run.output()
     assert 1 <= run.output().count("the workers are started again") <= 2
-    assert_same_end(tmp_path / "whole", tmp_path / "run", 12)
+    assert_same_end(tmp_path / "whole", tmp_path / "run", 25)
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_worker_that_hangs_in_one_process_of_two(trainer):
     hanging = int(np.random.default_rng((0, 0)).permutation(1347)[60])
     settings = ("run.batch_size=8", "data.workers=2", "data.timeout=3")
     run = trainer("run", *settings, launcher=LAUNCH, prelude=HANG.format(index=hanging, rank=1))
-    assert run.wait(120) == 1, run.output()
+    assert run.wait(180) == 1, run.output()
     assert run.output().count("error: data: no batch for 3 s from the workers at digit ") == 1
 
 
