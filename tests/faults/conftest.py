@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import Forked, warm_up
-from tests.training.conftest import run_here, tiny, trainer
+from tests.training.conftest import run_here, run_together, tiny, trainer
 
-__all__ = ["forked", "run_here", "tiny", "trainer"]
+__all__ = ["forked", "run_here", "run_together", "tiny", "trainer"]
 
 
 @pytest.fixture

@@ -83,10 +83,10 @@ def test_a_signal_stops_two_processes_at_one_step_without_waiting_for_the_interv
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_is_killed_then_their_launcher(trainer, run_here, capsys, thorough):
+def test_one_of_two_processes_is_killed_then_their_launcher(trainer, run_together, run_here, capsys, thorough):
     settings = ("schedule.steps=40", "run.batch_size=8")
     slow = SLOW_STEP.format(0.1) + SLOW_CHECKPOINT.format(0.2)
-    whole = trainer("whole", *settings, launcher=LAUNCH)
+    whole = run_together("whole", 2, *settings)
     for victim in ("main process", "other process") if thorough else ("main process",):
         run = trainer("killed", *settings, launcher=LAUNCH, prelude=slow)
         if victim == "main process":  # while it writes the second checkpoint
@@ -106,7 +106,6 @@ def test_one_of_two_processes_is_killed_then_their_launcher(trainer, run_here, c
         gone, alive = psutil.wait_procs(both, timeout=60 - (time.monotonic() - killed_at))
         assert len(gone) == 2
         assert not alive
-    assert whole.wait() == 0, whole.output()
 
     # A launcher that is killed cannot end its processes: they go on to the end, and the directory stays theirs.
     run = trainer("killed", *settings, launcher=LAUNCH, prelude=SLOW_STEP.format(0.3))
@@ -119,5 +118,5 @@ def test_one_of_two_processes_is_killed_then_their_launcher(trainer, run_here, c
     assert f"in use by process {main}: " in capsys.readouterr().err
     _, alive = psutil.wait_procs(both, timeout=120)
     assert not alive
-    assert_same_end(whole.directory, run.directory, 40)
-    assert_same_log(whole.directory, run.directory, 40)
+    assert_same_end(whole, run.directory, 40)
+    assert_same_log(whole, run.directory, 40)

@@ -105,10 +105,9 @@ def test_frozen_workers_stop_the_run(forked):
 
 
 @pytest.mark.slow
-def test_workers_of_one_process_of_two(trainer, tmp_path):
+def test_workers_of_one_process_of_two(trainer, run_together):
     settings = ("run.batch_size=8", "run.accumulate=2", "schedule.steps=25")  # workers are gone before the last steps
-    whole = trainer("whole", *settings, "data.workers=0", launcher=LAUNCH)
-    assert whole.wait() == 0, whole.output()
+    whole = run_together("whole", 2, *settings, "data.workers=0")
     run = trainer("run", *settings, "data.workers=2", launcher=LAUNCH, prelude=SLOW_STEP.format(0.2))
     for step in (2, 5):
         run.wait_until(lambda step=step: run.steps() >= step)
@@ -116,7 +115,7 @@ def test_workers_of_one_process_of_two(trainer, tmp_path):
             workers_of(psutil.Process(run.pid()))[0].kill()
     assert run.wait() == 0, run.output()
     assert 1 <= run.output().count("the workers are started again") <= 2
-    assert_same_end(tmp_path / "whole", tmp_path / "run", 25)
+    assert_same_end(whole, run.directory, 25)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from tests.training.together import FSDP, run_tool, together
+
 ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCH = (
@@ -80,6 +82,19 @@ def run_here(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         flags = [word for word in overrides if word.startswith("--")]
         keys = [word for word in overrides if not word.startswith("--")]
         return main([f"--cfg={cfg}", *flags, f"run.dir={tmp_path / directory}", *keys])
+
+    return run
+
+
+@pytest.fixture
+def run_together(tiny: Path, tmp_path: Path):
+    """Run a tool in several processes: run_together("name", 2, "key=value", ..., fsdp=True) -> its run directory."""
+
+    def run(name: str, count: int, *overrides: str, fsdp: bool = False, tool: str = "train", work=run_tool) -> Path:
+        argv = [f"--cfg={tiny}", f"run.dir={tmp_path / name}", *overrides]
+        ended = together(count, work, tool, argv, place=tmp_path, environment=FSDP if fsdp else {})
+        assert [one.status for one in ended] == [0] * count, "\n".join(one.output for one in ended)
+        return tmp_path / name
 
     return run
 

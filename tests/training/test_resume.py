@@ -1,5 +1,6 @@
 """A run that goes on: from which checkpoint, and what may have changed. `tests/faults` kills runs in earnest."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.faults.runs import assert_same_end
 from tests.training.conftest import LAUNCH, read_log
+from tests.training.together import run_tool
 
 
 def test_a_finished_run_started_again_changes_nothing(run_here, tmp_path):
@@ -279,29 +281,24 @@ def test_a_shorter_schedule_than_what_is_done_is_done(run_here, tmp_path, capsys
     assert (tmp_path / "run/student.safetensors").is_file()
 
 
-def test_the_main_process_says_which_checkpoint_all_load(trainer, tmp_path):
-    """Even to a process that would look for it elsewhere."""
-    settings = ("schedule.steps=8", "run.batch_size=8")
-    first = trainer("run", *settings, launcher=LAUNCH)
-    assert first.wait() == 0, first.output()
-    elsewhere = f"import os, sys\nif os.environ['RANK'] == '1': sys.argv.append('run.dir={tmp_path}/elsewhere')"
-    run = trainer("run", "schedule.steps=12", "run.batch_size=8", launcher=LAUNCH)
-    assert run.wait() == 0, run.output()
-    apart = trainer("run", "schedule.steps=16", "run.batch_size=8", launcher=LAUNCH, prelude=elsewhere)
-    assert apart.wait() == 0, apart.output()  # the path is the main process's, and this machine sees it
-    assert read_log(tmp_path / "run")[-1]["step"] == 16
+def train_elsewhere(tool: str, argv: list[str]) -> int:
+    """The second process looks for the run in another directory."""
+    return run_tool(tool, [word + "_elsewhere" * (os.environ["RANK"] == "1" and "run.dir" in word) for word in argv])
+
+
+def test_the_main_process_says_which_checkpoint_all_load(run_together):
+    run_together("run", 2, "schedule.steps=8", "run.batch_size=8")
+    directory = run_together("run", 2, "schedule.steps=12", "run.batch_size=8", work=train_elsewhere)
+    assert [row["step"] for row in read_log(directory)] == list(range(1, 13))
 
 
 @pytest.mark.slow
-def test_three_killed_processes_end_bit_identical(trainer):
+def test_three_killed_processes_end_bit_identical(trainer, run_together):
     three = tuple("3" if word == "2" else word for word in LAUNCH)
     settings = ("schedule.steps=20", "run.batch_size=8")
-    whole = trainer("whole", *settings, launcher=three)
-    assert whole.wait() == 0, whole.output()
+    whole = run_together("whole", 3, *settings)
     killed = trainer("killed", *settings, launcher=three)
     killed.wait_until(lambda: killed.steps() >= 12)
     killed.kill()
     killed.wait()
-    resumed = trainer("killed", *settings, launcher=three)
-    assert resumed.wait() == 0, resumed.output()
-    assert_same_end(whole.directory, killed.directory, 20)
+    assert_same_end(whole, run_together("killed", 3, *settings), 20)

@@ -33,16 +33,8 @@ PLAIN = ("student.arch.drop_path=0.0",)
 
 
 @pytest.fixture
-def run(tiny, tmp_path):
-    """Run the trainer in several processes: run("name", 2, "key=value", ..., fsdp=True) -> its folder."""
-
-    def start(name, count, *overrides, fsdp=False, tool="train"):
-        argv = [f"--cfg={tiny}", f"run.dir={tmp_path / name}", *overrides]
-        ended = together(count, run_tool, tool, argv, place=tmp_path, environment=FSDP if fsdp else {})
-        assert [one.status for one in ended] == [0] * count, ended[0].output
-        return tmp_path / name
-
-    return start
+def run(run_together):
+    return run_together
 
 
 @pytest.fixture

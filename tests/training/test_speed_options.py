@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.training.conftest import LAUNCH, read_log
+from tests.training.conftest import read_log
 from tools.cache import main as make_cache
 from tools.pack import main as pack
 
@@ -87,14 +87,11 @@ def test_packed_bytes_that_are_unchanged_give_the_run_of_the_folder(run_here, se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
-def test_two_processes_lose_what_one_loses(trainer, settings, name):
+def test_two_processes_lose_what_one_loses(run_here, run_together, settings, tmp_path, name):
     drop = () if name == "several students" else ("student.arch.drop_path=0.0",)
     options = (*settings(name), *drop, "schedule.steps=6")
-    one = trainer("one", *options, "run.batch_size=8")
-    two = trainer("two", *options, "run.batch_size=4", launcher=LAUNCH)
-    for run in (one, two):
-        assert run.wait() == 0, run.output()
-    rows = read_log(one.directory), read_log(two.directory)
+    assert run_here(*options, "run.batch_size=8", directory="one") == 0
+    rows = read_log(tmp_path / "one"), read_log(run_together("two", 2, *options, "run.batch_size=4"))
     assert len(rows[0]) == 6
     for a, b in zip(*rows, strict=True):
         numbers = [key for key in a if key.startswith(("loss", "grad_norm"))]
