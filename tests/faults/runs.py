@@ -64,6 +64,7 @@ class Forked:
 
     def __init__(self, directory: Path, tool: str, *words: str, prelude: str = ""):
         self.directory, self._output = directory, directory.parent / f"{directory.name}.out"
+        self._output.unlink(missing_ok=True)  # of a run before it, which one that is killed at once would leave
         context = multiprocessing.get_context("forkserver")
         self.process = context.Process(target=_run_tool, args=(self._output, tool, words, prelude))
         self.process.start()
