@@ -18,7 +18,8 @@ SETTINGS = (f"schedule.steps={STEPS}", "data.images_per_class=0.1")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(forked, number):
     whole = forked("whole", *SETTINGS)
-    stopped = forked("stopped", *SETTINGS, "run.save_every=1000", "data.workers=2")
+    slow = SLOW_STEP.format(0.05)  # or it is done before the signal is there
+    stopped = forked("stopped", *SETTINGS, "run.save_every=1000", "data.workers=2", prelude=slow)
     assert stopped.wait_until(lambda: stopped.steps() >= 7), stopped.output()
     stopped.kill(number)
     assert stopped.wait() == 128 + number, stopped.output()
