@@ -128,7 +128,7 @@ def train(
 
         done = progress.step >= plan.total_steps
         if done:
-            check_learnt(progress)
+            check_learnt(progress, directory)
             for learner in learners:
                 written = learner.write_student() if validation is None else directory / "student.safetensors"
                 learner.write_average()

@@ -48,13 +48,13 @@ def too_many(progress: Progress, limit: int) -> bool:
     return len(progress.skipped_steps) > limit
 
 
-def check_learnt(progress: Progress) -> None:
+def check_learnt(progress: Progress, directory: Path) -> None:
     """RunError where most of the steps of late were skipped: what such a run leaves is hardly what it began with."""
     skipped, steps = len(progress.skipped_steps), min(progress.step, WINDOW)
     if 2 * skipped > steps:
         raise RunError(
-            f"{skipped} of the last {steps} steps had a loss or gradient that was not finite and were left out: no "
-            "student is written. Look at the teacher's weights, or lower optimizer.lr; the last checkpoint stands"
+            f"{directory}: {skipped} of the last {steps} steps had a loss or gradient that was not finite and were left "
+            "out: no student is written. Look at the teacher's weights, or lower optimizer.lr; the last checkpoint stands"
         )
 
 

@@ -136,11 +136,6 @@ def make_folder(folder: Path) -> None:
 
 
 def _facts(folder: Path, progress: Progress) -> dict[str, Any]:
-    if 2 * len(progress.skipped_steps) > progress.step:
-        raise RunError(
-            f"{folder}: {len(progress.skipped_steps)} of {progress.step} steps had a gradient that was not finite and "
-            "were left out: nothing was learnt; lower its optimizer.lr or set its clip_grad, in another run.dir"
-        )
     names = [name for name in FILES if (folder / name).is_file()]
     if FILES[0] not in names:
         raise RunError(f"{folder / FILES[0]} has been taken away: delete {folder}, and the stage is done again")

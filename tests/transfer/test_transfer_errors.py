@@ -126,7 +126,7 @@ def test_a_damaged_test_score_is_measured_again(transfer_here, done, tmp_path):
 def test_a_stage_that_learns_nothing_is_an_error(transfer_here, tmp_path, capsys):
     assert transfer_here("transfer.losses.logits_kl=1e300") == 1
     (said,) = _error(capsys)
-    assert "6 of 6 steps had a gradient that was not finite" in said
+    assert f"{tmp_path}/run/seed_1/oriented/transfer: 6 of the last 6 steps had a loss or gradient that was not" in said
     assert not (tmp_path / "run/seed_1/oriented/transfer/stage.json").exists()
 
 
