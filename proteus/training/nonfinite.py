@@ -53,8 +53,9 @@ def check_learnt(progress: Progress, directory: Path) -> None:
     skipped, steps = len(progress.skipped_steps), min(progress.step, WINDOW)
     if 2 * skipped > steps:
         raise RunError(
-            f"{directory}: {skipped} of the last {steps} steps had a loss or gradient that was not finite and were left "
-            "out: no student is written. Look at the teacher's weights, or lower optimizer.lr; the last checkpoint stands"
+            f"{directory}: {skipped} of the last {steps} steps had a loss or gradient that was not finite and were "
+            "left out: no student is written. Look at the teacher's weights or lower optimizer.lr; the last checkpoint "
+            "stands"
         )
 
 
