@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from proteus.config import Source as SourceConfig
 from proteus.config import Sources
-from proteus.data.packed import INDEX, ROWS, SCHEMA, UNFINISHED, VERSION, file_hash, verify
+from proteus.data.packed import INDEX, ROWS, SCHEMA, UNFINISHED, VERSION, verify
 from proteus.data.sources import FolderSource, build_source, one_line
 from proteus.data.workers import load_batches, note
 from proteus.engine.atomic import PENDING, write_file
+from proteus.engine.checksums import file_hash
 from proteus.engine.lock import RunLock
 from proteus.errors import FAILURES, InputError, say
 

@@ -5,7 +5,6 @@ shard_00000.arrow an Arrow IPC file of columns image (a file's bytes), label (or
 unfinished.json:  in place of index.json while the packing goes on.
 """
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
 from proteus.data.decode import decode
+from proteus.engine.checksums import file_hash
 from proteus.errors import InputError
 
 VERSION = 1
@@ -118,12 +118,6 @@ def verify(root: Path) -> int:
         if file_hash(path) != shard.sha256:
             raise _damaged(path, "its checksum")
     return sum(shard.rows for shard in index.shards)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _labels(path: Path, rows: int) -> pa.Array:

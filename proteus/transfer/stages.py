@@ -17,6 +17,7 @@ from proteus.config_files import flat_keys
 from proteus.data.dense import DenseSource
 from proteus.data.sources import Source
 from proteus.engine.atomic import write_file
+from proteus.engine.checksums import file_hash
 from proteus.errors import InputError, RunError, Stopped
 from proteus.evaluation.extract import fingerprint
 from proteus.training.loop import train
@@ -187,8 +188,7 @@ def _identity(
 
 @lru_cache
 def _hash_of(path: str, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(Path(path))
 
 
 def _check_same(then: dict[str, Any], now: dict[str, Any], folder: Path, done: bool) -> None:

@@ -60,23 +60,31 @@ def test_the_step_does_not_wait_for_the_device(run_here, settings):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@settings
-def test_killed_on_the_gpu_ends_bit_identical(trainer, settings):
-    prelude = "import os\nos.environ['ACCELERATE_USE_CPU'] = 'false'"
-    settings = ("schedule.steps=40", "run.deterministic=true", *settings)
+GPU = "import os\nos.environ['ACCELERATE_USE_CPU'] = 'false'\n"
+
+
+def whole_and_killed(trainer, prelude, settings, *resumed_with):
+    """A run that was left alone, and one of the same settings that was killed and went on."""
     whole = trainer("whole", *settings, prelude=prelude)
     assert whole.wait() == 0, whole.output()
     killed = trainer("killed", *settings, prelude=prelude)
     killed.wait_until(lambda: killed.steps() >= 13)
     killed.kill(signal.SIGKILL)
     killed.wait()
-    resumed = trainer("killed", *settings, "data.workers=2", prelude=prelude)
+    resumed = trainer("killed", *settings, *resumed_with, prelude=prelude)
     assert resumed.wait() == 0, resumed.output()
+    assert "resumed from" in resumed.output()
+    return whole, killed
+
+
+@settings
+def test_killed_on_the_gpu_ends_bit_identical(trainer, settings):
+    settings = ("schedule.steps=40", "run.deterministic=true", *settings)
+    whole, killed = whole_and_killed(trainer, GPU, settings, "data.workers=2")
     one, other = (load_file(run.directory / "student.safetensors") for run in (whole, killed))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-GPU = "import os\nos.environ['ACCELERATE_USE_CPU'] = 'false'\n"
 ONE_SHARDED = GPU + (
     "os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', "
     "MASTER_PORT='29411', ACCELERATE_USE_FSDP='true', FSDP_VERSION='2')\n"
@@ -87,15 +95,7 @@ ONE_SHARDED = GPU + (
 @pytest.mark.parametrize("prelude", [GPU, ONE_SHARDED], ids=["plain", "fsdp2"])
 def test_killed_in_half_precision_ends_bit_identical(trainer, prelude, precision):
     settings = ("schedule.steps=60", "run.deterministic=true", f"run.precision={precision}", "ema.decay=0.9")
-    whole = trainer("whole", *settings, prelude=prelude)
-    assert whole.wait() == 0, whole.output()
-    killed = trainer("killed", *settings, prelude=prelude)
-    killed.wait_until(lambda: killed.steps() >= 13)
-    killed.kill(signal.SIGKILL)
-    killed.wait()
-    resumed = trainer("killed", *settings, prelude=prelude)
-    assert resumed.wait() == 0, resumed.output()
-    assert "resumed from" in resumed.output()
+    whole, killed = whole_and_killed(trainer, prelude, settings)
     for name in ("student.safetensors", "student_ema.safetensors", "checkpoints/step_60/model.safetensors"):
         one, other = (load_file(run.directory / name) for run in (whole, killed))
         assert all(torch.equal(one[key], other[key]) for key in one)
