@@ -23,8 +23,9 @@ from proteus.config import Config
 from proteus.config_files import dump_config
 from proteus.engine.atomic import PENDING, remove_folder, write_folder
 from proteus.engine.checksums import damage, write_checksums
+from proteus.engine.peers import peers_needed
 from proteus.engine.shard import full_optimizer_state, full_state, load_full, load_full_optimizer
-from proteus.errors import InputError, RunError
+from proteus.errors import InputError, PeerError, RunError
 from proteus.training.changes import CONFIG, check_changes
 from proteus.training.learner import Learner
 
@@ -99,7 +100,10 @@ class Checkpoints:
             write_checksums(folder)
 
         try:
-            write_folder(target, fill)
+            with peers_needed():  # what they hold is gathered
+                write_folder(target, fill)
+        except PeerError:
+            raise
         except Exception as error:  # a full disk is told by each writer in its own way
             message = " ".join(str(error).split())[:200]
             raise RunError(

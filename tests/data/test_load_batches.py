@@ -61,7 +61,7 @@ def test_killed_workers_change_no_batch(number, capfd):
         for batch in batches:
             seen.append(batch.tolist())
             if len(seen) in (1, 2, 9, 30):
-                os.kill(workers()[len(seen) % 2].pid, number)
+                os.kill(workers()[len(seen) % 2].pid, number)  # pytest's faulthandler may tell where that was
     assert seen == expected(60)
     lines = [line for line in capfd.readouterr().err.splitlines() if "data:" in line]  # torch has a word of its own
     assert 1 <= len(lines) <= 4

@@ -1,15 +1,19 @@
 """Weights shared out among processes (FSDP2): the same numbers as unsharded, in training, in checkpoints, in files."""
 
 import filecmp
+import itertools
 import json
+import os
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import nn
 
+import proteus.training.state
 from proteus.config import Teacher as TeacherConfig
 from proteus.engine.ema import build_ema
 from proteus.engine.shard import (
@@ -61,6 +65,15 @@ def assert_close_losses(one, other, relative):
             assert others[step][key] == pytest.approx(rows[step][key], rel=relative), f"step {step}: {key}"
 
 
+def assert_close_rows(one, other, relative):
+    """Every step lost the same, in every part and of every student."""
+    rows, others = read_log(one), read_log(other)
+    told = [key for key in rows[-1] if "loss" in key]
+    assert len(rows) == len(others) == 12
+    for row, another in zip(rows, others, strict=True):
+        assert [another[key] for key in told] == pytest.approx([row[key] for key in told], rel=relative)
+
+
 def assert_close_files(one, other, absolute):
     for name in ("student.safetensors", "student_ema.safetensors"):
         a, b = load_file(one / name), load_file(other / name)
@@ -75,6 +88,32 @@ def test_three_sharded_processes_are_three_that_are_not(run):
     whole, sharded = run("whole", 3, *settings), run("sharded", 3, *settings, fsdp=True)
     assert_close_losses(whole, sharded, 1e-6)
     assert_close_files(whole, sharded, 1e-6)
+
+
+NETWORKS = {
+    "convnet": ("student.name=timm/test_resnet", "student.arch={}", "data.image_size=32", "losses={token: 1.0}"),
+    "adapters and a head": (*PLAIN, "student.tune=lora", "losses.label_ce=1.0"),
+    "heads alone": (*PLAIN, "student.tune=head", "losses.label_ce=1.0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS)
+def test_whatever_is_trained_is_trained_sharded_as_it_is_whole(run, settings):
+    whole, sharded = run("whole", 2, *settings), run("sharded", 2, *settings, fsdp=True)
+    assert_close_rows(whole, sharded, 1e-5)
+
+
+@pytest.mark.slow
+def test_several_students_are_trained_sharded_as_they_are_whole(run, tiny):
+    tree = yaml.safe_load(tiny.read_text())
+    tree["run"]["precision"] = "no"  # which YAML 1.1 reads as false
+    student = tree.pop("student")
+    student["arch"]["drop_path"] = 0.0
+    wider = student | {"arch": student["arch"] | {"embed_dim": 22}}  # 11 rows a process: not a multiple of anything
+    tiny.write_text(yaml.safe_dump(tree | {"students": [student, wider]}))
+    whole, sharded = run("whole", 2), run("sharded", 2, fsdp=True)
+    assert_close_rows(whole, sharded, 1e-5)
 
 
 def test_a_run_goes_on_with_other_processes_sharded_or_not(run):
@@ -101,6 +140,15 @@ def test_a_sharded_run_resumed_is_the_uninterrupted_one_to_the_bit(run):
     uninterrupted = run("whole", 2, *settings, fsdp=True)
     resumed = run("resumed", 2, *settings, f"--resume={uninterrupted}/checkpoints/step_5", fsdp=True)
     assert_close_files(uninterrupted, resumed, 0)
+
+
+def test_a_process_lost_while_a_checkpoint_is_gathered_is_not_taken_for_a_full_disk(tiny, tmp_path):
+    argv = [f"--cfg={tiny}", f"run.dir={tmp_path / 'run'}", "run.batch_size=8"]
+    one, other = together(2, die_in_the_second_checkpoint, argv, place=tmp_path, environment=FSDP)
+    assert (one.status, other.status) == (1, 9)
+    assert "Traceback" not in one.output
+    assert one.output.splitlines()[-1].startswith("error: another process of the run has ended")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_5"]
 
 
 def test_a_sharded_student_and_teacher_are_probed_by_all_processes(run):
@@ -145,6 +193,19 @@ def test_another_number_of_processes_is_told_its_batch(run, refused, tmp_path):
 
 
 # Parts, in processes of their own
+
+
+def die_in_the_second_checkpoint(argv: list[str]) -> int:
+    """The trainer, whose second process ends where it would give its share of a moment for step 10's checkpoint."""
+    asked = itertools.count(1)
+
+    def gather(optimizer, keep=True):
+        if not keep and next(asked) == 2:
+            os._exit(9)
+        return full_optimizer_state(optimizer, keep)
+
+    proteus.training.state.full_optimizer_state = gather
+    return run_tool("train", argv)
 
 
 def check_teacher() -> None:
