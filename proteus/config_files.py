@@ -19,7 +19,10 @@ from proteus.errors import InputError, nearest
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 MAX_BASES = 10  # files that a config stands on
-MAX_VALUES = 100_000  # of a file with its aliases written out: a few lines of them may stand for billions
+# Of a file with its aliases written out: a few lines of them may stand for billions.
+MAX_VALUES = 100_000
+MAX_CHARACTERS = 10_000_000  # of all values, with the key of each, a.b.c
+MAX_DEPTH = 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -109,31 +112,52 @@ def read_tree(path: Path, library: Path = CONFIGS, children: tuple[Path, ...] = 
         raise InputError(f"{path}: base leads back to the file itself")
     if len(children) > MAX_BASES:
         raise InputError(f"{path}: more than {MAX_BASES} files stand on each other by base, from {children[0]} on")
-    try:
-        tree = _parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a tag's own reader may raise anything
-        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
+    tree = read_mapping(path)
     base = tree.pop("base", None)
     if base is None:
         return tree
     return _merge(read_tree(_find(str(base), path.parent, library), library, (*children, path)), tree)
 
 
-def _parse(text: str) -> Any:
-    """A text's YAML, of bounded size; raises whatever its readers do where it is none."""
-    tree = yaml.load(text, Loader=_Loader)
-    values, seen = [tree], 0
-    while values:
-        value = values.pop()
-        seen += 1
-        if seen > MAX_VALUES:  # or without end, where an alias stands inside of what it names
-            raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
-        values += value.values() if isinstance(value, dict) else value if isinstance(value, list | set | tuple) else ()
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of bounded size as nested dictionaries, alone; InputError where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")  # what is no UTF-8 is no YAML either
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    tree = parse_yaml(text, path)
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
+
+
+def parse_yaml(text: str, path: Path) -> Any:
+    """The YAML of a file, or of a part of it, of bounded size; InputError, which names the file, where it is none."""
+    try:
+        return _parse(text)
+    except Exception as error:  # a tag's own reader may raise anything
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def _parse(text: str) -> Any:
+    tree = yaml.load(text, Loader=_Loader)
+    level, values, characters = [(tree, 0)], 0, 0  # with the length of the key that leads to it, a.b.c
+    for _ in range(MAX_DEPTH):  # which ends where an alias stands inside of what it names, too
+        below: list[tuple[Any, int]] = []
+        for value, key in level:
+            holds = isinstance(value, dict | list | set | tuple)
+            values += len(value) if holds else 0
+            characters += key if holds else key + len(str(value))
+            if values > MAX_VALUES or characters > MAX_CHARACTERS:
+                raise ValueError(f"it stands for over {MAX_VALUES:,} values or {MAX_CHARACTERS:,} characters")
+            if isinstance(value, dict):
+                below += [(part, key + len(str(name)) + 1) for name, part in value.items()]
+            elif holds:
+                below += [(part, key) for part in value]
+        if not below:
+            return tree
+        level = below
+    raise ValueError(f"it is more than {MAX_DEPTH} levels deep")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

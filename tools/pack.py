@@ -61,8 +61,8 @@ class Encoded(Dataset):
     def __getitem__(self, index: int) -> Row | None:
         note(index)
         try:
-            data = Path(self.source.file(index)).read_bytes()
             smaller = shrunk(self.source.load(index), self.size, self.quality)
+            data = Path(self.source.file(index)).read_bytes()  # after it has been found to be of bounded size
         except Exception:  # a decoder of a broken file may raise anything
             return None
         return Row(index, smaller or data, len(data))

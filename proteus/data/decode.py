@@ -16,6 +16,10 @@ from torchvision import io as torchvision_io
 
 JPEG = b"\xff\xd8\xff"  # what every JPEG file begins with
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**63)  # of an image, 179 million: where Pillow says decompression bomb
+# Bytes of a file, 1.4 GB: no image of MAX_PIXELS needs more, at 16 bits and four channels. Some decoders read all of
+# a file, whatever its header says, or look through it byte by byte. A TIFF may hold many images, of which one is read.
+MAX_BYTES = 8 * MAX_PIXELS
+TIFF = b"II", b"MM"  # what every TIFF file begins with
 # What a set of images may hold. Pillow knows more, and runs a program of its own for some (EPS).
 Image.init()
 FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
@@ -54,9 +58,13 @@ def decode(file: Path | str | io.BytesIO) -> Image.Image:
     if not isinstance(file, io.BytesIO) and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError(f"{file} is no file")  # a pipe would be waited for, a device has no end
     with nullcontext(file) if isinstance(file, io.BytesIO) else open(file, "rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
         begin = stream.read(len(JPEG))
-        if begin == JPEG and (decoded := _decode_jpeg(begin + stream.read())):
+        if size > MAX_BYTES and not begin.startswith(TIFF):
+            raise OSError(f"{file} has {size} bytes, more than the {MAX_BYTES} that an image may have")
+        stream.seek(0)
+        if begin == JPEG and (decoded := _decode_jpeg(_read(stream, size))):
             return decoded
         stream.seek(0)
         with warnings.catch_warnings():
@@ -73,12 +81,18 @@ def _decode_by_pillow(stream: IO[bytes]) -> Image.Image:
         return image.convert("RGB")
 
 
-def _decode_jpeg(data: bytes) -> Image.Image | None:
+def _read(stream: io.BufferedReader | io.BytesIO, size: int) -> bytearray:
+    data = bytearray(size)  # torch wants bytes that may be written; a copy of what `read` gives would be a second one
+    del data[stream.readinto(data) :]  # somebody may just have made it shorter
+    return data
+
+
+def _decode_jpeg(data: bytearray) -> Image.Image | None:
     width, height = _jpeg_size(data)
     if not 0 < width * height <= MAX_PIXELS:  # torchvision would take any amount of memory
         return None
     try:
-        pixels = torchvision_io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        pixels = torchvision_io.decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
     # Pillow may read it, or say better what is wrong. torchvision has announced that its decoders will go.
     except (RuntimeError, AttributeError):
         return None
@@ -87,7 +101,7 @@ def _decode_jpeg(data: bytes) -> Image.Image | None:
     return DecodedImage(pixels) if len(pixels) == 3 else None
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_size(data: bytes | bytearray) -> tuple[int, int]:
     """(width, height) as a JPEG's header has it; (0, 0) where none is found."""
     place = 2
     while place + 9 <= len(data) and data[place] == 0xFF:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
+from proteus.config_files import parse_yaml
 from proteus.data.decode import decode
 from proteus.errors import InputError, nearest
 
@@ -123,7 +123,7 @@ def _refuse_addresses(folder: Path) -> None:
     for card in (folder / "README.md", folder / ".huggingface.yaml"):
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         front = text.split("---")[1] if text.startswith("---") else text if card.suffix == ".yaml" else ""
-        facts = yaml.safe_load(front)
+        facts = parse_yaml(front, card)
         if isinstance(facts, dict) and "://" in str(facts.get("configs")):
             raise ValueError(f"{card} names files by address; fetch them and name them as files")
 

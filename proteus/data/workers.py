@@ -174,7 +174,8 @@ class _Crew:
 
     def _hanging(self, timeout: float) -> str:
         where = self._in_hand(range(len(self._workers))) or ", which have no image in hand"
-        return f"data: no batch for {timeout:g} s from the workers{where}: see to the storage, or raise data.timeout"
+        do = "see to the storage, or raise a run's data.timeout"  # evaluations have none
+        return f"data: no batch for {timeout:g} s from the workers{where}: {do}"
 
     def _in_hand(self, workers: Iterable[int]) -> str:
         """` at A, B`: the images that some workers have in hand; nothing where they have none."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 CHECKSUMS = "checksums.json"
 
@@ -26,14 +27,31 @@ def damage(folder: Path) -> str | None:
     OSError where they cannot be read: that may pass.
     """
     try:
-        sums = json.loads((folder / CHECKSUMS).read_bytes())
-        for name, written in sums.items():
+        for name, written in _read(folder).items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if file_hash(folder / name) != written:
                 return f"{name} is not as it was written"
     except (FileNotFoundError, NotADirectoryError):
         return f"{CHECKSUMS} is missing"
-    except (ValueError, AttributeError, TypeError, RecursionError):  # not JSON, or no mapping
+    except (ValueError, RecursionError):
         return f"{CHECKSUMS} is not as it was written"
     return None
+
+
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether one file has the hash that checksums.json gives it; False where that cannot be told."""
+    try:
+        return _read(folder).get(name) == file_hash(folder / name)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Hashes by the names of files below `folder`; ValueError where checksums.json is anything else."""
+    sums = json.loads((folder / CHECKSUMS).read_bytes())
+    if not isinstance(sums, dict) or not sums:
+        raise ValueError("names nothing")
+    if any(Path(name).anchor or ".." in Path(name).parts for name in sums):
+        raise ValueError("names a file of another folder")
+    return sums

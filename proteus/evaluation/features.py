@@ -11,7 +11,7 @@ from proteus.config import Share
 from proteus.data.loader import PlainSet
 from proteus.data.sources import Source
 from proteus.data.transforms import EvalTransform
-from proteus.data.workers import load_batches
+from proteus.data.workers import TIMEOUT, load_batches
 from proteus.models.features import Features
 
 
@@ -22,14 +22,17 @@ class PlainImages(NamedTuple):
     labels: np.ndarray | None
 
 
-def load_images(source: Source, size: int, crop: Share, workers: int = 0) -> PlainImages:
-    """A source under the plain view (`EvalTransform`), all in memory; what cannot be read is left out."""
+def load_images(source: Source, size: int, crop: Share, workers: int = 0, timeout: float = TIMEOUT) -> PlainImages:
+    """A source under the plain view (`EvalTransform`), all in memory; what cannot be read is left out.
+
+    WorkerError where the workers die again and again, or give no batch for `timeout` seconds.
+    """
     plain, count, batch = PlainSet(source, EvalTransform(size, crop)), len(source), 64
 
     def numbers(done: int) -> Iterator[range]:
         return (range(first, min(first + batch, count)) for first in range(done * batch, count, batch))
 
-    images = [image for batch in load_batches(plain, numbers, workers) for image in batch]
+    images = [image for batch in load_batches(plain, numbers, workers, timeout=timeout) for image in batch]
     readable = np.array([image is not None for image in images], dtype=bool)
     kept = [image for image in images if image is not None]
     stacked = torch.stack(kept) if kept else torch.zeros(0, 3, size, size, dtype=torch.uint8)

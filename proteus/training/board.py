@@ -44,9 +44,10 @@ class Board:
         self._live = self._main and sys.stderr.isatty()
         self._names: list[list[str]] = []
         self._scale_told = False
+        self._path = directory / "log.jsonl"
         if self._main:
-            _cut_log(directory / "log.jsonl", done_steps)
-        self._log = open(directory / "log.jsonl", "a") if self._main else None  # noqa: SIM115
+            _cut_log(self._path, done_steps)
+        self._log = open(self._path, "a") if self._main else None  # noqa: SIM115
         purge = done_steps + 1 if done_steps else 0  # 0: what was killed before its first checkpoint left rows too
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": purge}})
         self._hook = threading.excepthook
@@ -81,6 +82,8 @@ class Board:
 
     def show(self, step: int, rate: float, bad_images: int) -> list[Skipped]:
         """End the interval at `step` updates: show means over steps and processes. Returns the steps skipped in it."""
+        if not self._rows:
+            return []
         own = torch.stack(self._rows)  # [steps, (parts + 2) a student]
         table = self._accelerator.reduce(own, reduction="mean").double().cpu()
         elapsed, waited, steps = time.perf_counter() - self._since, self._waited, len(table)
@@ -140,6 +143,11 @@ class Board:
                 f"warning: fp16's loss scale has fallen to {scale:g} at step {step}: gradients overflow without being "
                 "scaled up at all; lower optimizer.lr or use run.precision=bf16"
             )
+
+    def has_probe(self, step: int) -> bool:
+        """Whether log.jsonl has a probe's numbers at a step: neither losses nor a validation's score."""
+        rows = map(json.loads, self._path.read_text().splitlines())
+        return any(row["step"] == step and not {"loss", "score"} & row.keys() for row in rows)
 
     def write(self, row: dict[str, Any], prefix: str = "train") -> None:
         """A row into log.jsonl (what is not finite as null) and its numbers into TensorBoard."""

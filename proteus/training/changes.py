@@ -4,10 +4,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from proteus.config import Config
-from proteus.config_files import dump_config, flat_keys
+from proteus.config_files import dump_config, flat_keys, parse_yaml, read_mapping
 from proteus.errors import InputError
 
 CONFIG = "config.yaml"  # of a checkpoint: what it was made under; of a run directory: what it was last started with
@@ -32,9 +30,11 @@ class Changes(NamedTuple):
 
 
 def changes(cfg: Config, checkpoint: Path) -> Changes:
-    """What of a config differs from the one that a checkpoint was made under."""
+    """What of a config differs from the one that a checkpoint was made under; InputError where it has none."""
     result = Changes([], [])
-    then, now = _read(checkpoint / CONFIG), _flat(dump_config(cfg))
+    path = checkpoint / CONFIG
+    then = _flat(read_mapping(path))
+    now = _flat(parse_yaml(dump_config(cfg), path))  # as it would be read there
     for key in sorted(now.keys() | then.keys()) if then else []:
         if then.get(key) == now.get(key) or _is_in(key, HARMLESS):
             continue
@@ -44,8 +44,8 @@ def changes(cfg: Config, checkpoint: Path) -> Changes:
     return result
 
 
-def _flat(text: str) -> dict[str, Any]:
-    return flat_keys(_numbered(yaml.safe_load(text)))
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return flat_keys(_numbered(tree))
 
 
 def _numbered(tree: Any) -> Any:
@@ -69,11 +69,3 @@ def check_changes(cfg: Config, checkpoint: Path) -> list[str]:
 def _is_in(key: str, group: tuple[str, ...]) -> bool:
     key = re.sub(r"^(teacher|student)s\.\d+\.", r"\1.", key)
     return any(key == name or key.startswith(name + ".") for name in group)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The keys of a config; none where it cannot be read: whether a checkpoint is whole, its checksums tell."""
-    try:
-        return _flat(path.read_text())
-    except Exception:  # what is damaged may raise anything
-        return {}

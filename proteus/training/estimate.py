@@ -69,7 +69,8 @@ def _measure(cfg: Config, parts: start.Parts, accelerator: Accelerator) -> tuple
     sampler, plan, _, answering, learners, dataset = parts
     ready = math.ceil(PREFETCH * cfg.data.workers / cfg.run.accumulate)  # steps whose data the workers keep ready
     total = WARM_UP + ready + STEPS
-    batches = training_batches(dataset, sampler, 0, total, accelerator.process_index, cfg.data.workers)
+    loading = accelerator.process_index, cfg.data.workers, cfg.data.timeout
+    batches = training_batches(dataset, sampler, 0, total, *loading)
     for learner in learners:
         learner.model.train()
     waited = 0.0

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -10,7 +9,7 @@ from accelerate.utils import gather_object
 
 from proteus.config import Config
 from proteus.data.dense import DenseSource
-from proteus.data.loader import Batch, training_batches
+from proteus.data.loader import training_batches
 from proteus.data.sources import Source, one_line
 from proteus.engine.atomic import write_file
 from proteus.engine.shard import shards
@@ -21,7 +20,7 @@ from proteus.training.cache import hash_of_names
 from proteus.training.flops import training_flops
 from proteus.training.learner import Learner
 from proteus.training.memory import settle_batch_size
-from proteus.training.nonfinite import check_learnt, diverged, too_many
+from proteus.training.nonfinite import Skipped, check_learnt, diverged, too_many
 from proteus.training.probe import Probe, split_source
 from proteus.training.state import Checkpoints, Progress
 from proteus.training.stop import Stop
@@ -69,28 +68,48 @@ def train(
     with (
         contextlib.closing(batches),
         Board(accelerator, directory, progress.step, plan.total_steps, sampler.images_per_step, names) as board,
-        Stop(accelerator) as stop,
+        Stop(accelerator, start.patience(cfg)) as stop,
     ):
         for line in (*start.summarise(cfg, parts, source, accelerator), *notes):
             board.say(line)
         probe = None
+        # A run may have ended between a checkpoint and the probe of its step.
+        unprobed = plan.probes(progress.step) and not start.on_main(accelerator, lambda: board.has_probe(progress.step))
         together = shards(accelerator) or any(teacher.sharded for teacher in teachers)  # a forward takes all processes
         if held_out is not None and (accelerator.is_main_process or together):
             main, crop = accelerator.is_main_process, learners[0].sizes.crop
             probe = Probe(cfg, source, held_out, crop, teachers, device, writes=main)  # type: ignore[arg-type]
-            if progress.step == 0:
-                _show_probe(probe, learners, board, directory, 0)
+            if unprobed:
+                _show_probe(probe, learners, board, directory, progress.step)
         if validation is not None and progress.step == 0:
             _validate(validation, learners[0], progress, board, accelerator)
         for learner in learners:
             learner.model.train()
+        if progress.bad_images:  # of a run that this one branches off from, perhaps
+            _name_bad(progress, source, directory, accelerator)
         board.restart_clock()
+
+        def end_interval() -> list[Skipped]:
+            """Show it and count what was met in it; the only place that waits for the device."""
+            _gather_bad(seen_bad, progress, source, directory, accelerator)
+            step = progress.step
+            skipped = board.show(step, plan.rate(step, learners[0].base_rate), len(progress.bad_images))
+            progress.skipped_steps += [one.step for one in skipped]
+            return skipped
 
         for step in range(progress.step + 1, plan.total_steps + 1):
             rate = plan.rate(step, learners[0].base_rate)
             for micro in range(cfg.run.accumulate):
-                with board.waiting():
-                    batch = _next(batches, progress, checkpoints, learners, processes)
+                try:
+                    with board.waiting():
+                        batch = next(batches)
+                except (UnreadableError, WorkerError):
+                    if processes == 1 and progress.step:  # the storage is gone, what was learnt need not be
+                        for learner in learners:
+                            learner.leave_step()
+                        end_interval()
+                        checkpoints.save(progress)
+                    raise
                 seen_bad.update(batch.bad)
                 batch = batch.to(device)
                 if measure_flops and not progress.flops_per_step:
@@ -104,10 +123,8 @@ def train(
 
             validates = validation is not None and validation.due(step, plan.total_steps)
             stopping = stop.agreed() and step < plan.total_steps  # a run that is done has nothing to stop
-            if plan.logs(step) or validates or stopping:  # the only place that waits for the device
-                _gather_bad(seen_bad, progress, source, directory, accelerator)
-                skipped = board.show(step, rate, len(progress.bad_images))
-                progress.skipped_steps += [one.step for one in skipped]
+            if plan.logs(step) or validates or stopping:
+                skipped = end_interval()
                 _check_health(cfg, progress, source)
                 if too_many(progress, cfg.run.max_nonfinite) and skipped:
                     raise diverged(cfg, progress, skipped[-1], dataset, sampler, source, accelerator)
@@ -138,19 +155,6 @@ def train(
     return 0 if done else stop.signum
 
 
-def _next(
-    batches: Iterator[Batch], progress: Progress, checkpoints: Checkpoints, learners: list[Learner], processes: int
-) -> Batch:
-    try:
-        return next(batches)
-    except (UnreadableError, WorkerError):
-        if processes == 1 and progress.step:  # the storage is gone, what was learnt need not be
-            for learner in learners:
-                learner.leave_step()
-            checkpoints.save(progress)
-        raise
-
-
 def _gather_bad(
     seen: set[int], progress: Progress, source: Source | DenseSource, directory: Path, accelerator: Accelerator
 ) -> None:
@@ -158,9 +162,13 @@ def _gather_bad(
     bad = sorted(set().union(*gather_object([sorted(seen)])))
     if bad != progress.bad_images:
         progress.bad_images = bad
-        if accelerator.is_main_process:
-            names = "".join(f"{one_line(source.name(index))}\n" for index in bad)
-            write_file(directory / "skipped_images.txt", lambda path: path.write_bytes(os.fsencode(names)))
+        _name_bad(progress, source, directory, accelerator)
+
+
+def _name_bad(progress: Progress, source: Source | DenseSource, directory: Path, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        names = "".join(f"{one_line(source.name(index))}\n" for index in progress.bad_images)
+        write_file(directory / "skipped_images.txt", lambda path: path.write_bytes(os.fsencode(names)))
 
 
 def _check_health(cfg: Config, progress: Progress, source: Source | DenseSource) -> None:

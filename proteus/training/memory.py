@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from proteus.config import Config
+from proteus.config_files import read_mapping
 from proteus.data.dense import DenseSource
 from proteus.data.loader import Batch
 from proteus.data.sources import Source
@@ -204,8 +204,8 @@ def _begun_with(directory: Path, processes: int) -> tuple[int, int] | None:
     """
     found = list_checkpoints(directory / "checkpoints")
     try:
-        most = int(yaml.safe_load((directory / "config.yaml").read_text())["run"]["batch_size"]) if found else 0
+        most = int(read_mapping(directory / "config.yaml")["run"]["batch_size"]) if found else 0
         share, rest = divmod(read_progress(found[-1]).images_per_step, processes) if found else (0, 0)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (InputError, OSError, ValueError, KeyError, TypeError):
         return None
     return _in_micro_batches(share, most) if most and not rest else None

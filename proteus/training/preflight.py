@@ -12,11 +12,12 @@ from accelerate.utils import parse_flag_from_env
 
 from proteus.config import Config, RunBase, Student, Teacher
 from proteus.data.sources import check_roots
+from proteus.engine.checksums import is_as_written
 from proteus.errors import InputError
 from proteus.losses import check_losses
 from proteus.models import zoo
 from proteus.models.attention import check_attention
-from proteus.training.changes import check_changes
+from proteus.training.changes import CONFIG, check_changes
 from proteus.training.state import list_checkpoints
 from proteus.training.teacher import RANDOM, find_weights
 
@@ -88,11 +89,12 @@ def _check_files(cfg: Config, resume: str) -> None:
 
 
 def _check_changes(cfg: Config, resume: str) -> None:
-    found = list_checkpoints(Path(str(cfg.run.dir)) / "checkpoints")
-    if resume not in ("auto", "never"):
-        check_changes(cfg, Path(resume))
-    elif found and resume == "auto":
-        check_changes(cfg, found[-1])
+    named = [Path(resume)] if resume not in ("auto", "never") else []
+    found = list_checkpoints(Path(str(cfg.run.dir)) / "checkpoints") if resume == "auto" else []
+    for checkpoint in (named or found)[-1:]:
+        # One that is damaged says nothing of the run; another checkpoint will be used then, and judged as it is loaded.
+        if is_as_written(checkpoint, CONFIG):
+            check_changes(cfg, checkpoint)
 
 
 def _students(cfg: Config) -> dict[str, Student]:

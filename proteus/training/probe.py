@@ -53,8 +53,8 @@ class Probe:
         writes: bool = True,
     ):
         self._cfg, self._teachers, self._device, self._writes = cfg, teachers, device, writes
-        crop, workers = cfg.probe.crop, cfg.data.workers
-        self._held_out = load_images(held_out, size, crop, workers)
+        view = size, cfg.probe.crop, cfg.data.workers, cfg.data.timeout
+        self._held_out = load_images(held_out, *view)
         if not len(self._held_out.images):
             raise InputError("probe: none of the held-out images can be read")
         self._bank: PlainImages | None = None
@@ -63,7 +63,7 @@ class Probe:
             number = {name: label for label, name in reversed(list(enumerate(source.classes)))}
             numbers = np.array([number.get(name, -1) for name in held_out.classes])
             self._held_out = self._held_out._replace(labels=numbers[self._held_out.labels])
-            self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), size, crop, workers)
+            self._bank = load_images(_choice(source, cfg.probe.bank, cfg.run.seed), *view)
         self._teacher_knn: dict[str, float] = {}
         self.pictures = min(cfg.probe.pictures, len(self._held_out.images))
         # Spread over the set: a sorted one starts with many images of one class.

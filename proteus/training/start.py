@@ -50,6 +50,11 @@ from proteus.training.teacher import Teacher, build_teachers
 T = TypeVar("T")
 
 
+def patience(cfg: Config) -> timedelta:
+    """How long a process waits for another: for what only the main one does, and for workers that hang."""
+    return timedelta(seconds=3600 + cfg.data.timeout)
+
+
 def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
     """Devices, processes, precision and the TensorBoard tracker of a run."""
     # DDP orders its buckets anew after the first step it makes. With three processes and more the order of a sum
@@ -67,13 +72,11 @@ def build_accelerator(cfg: Config, directory: Path) -> Accelerator:
         raise InputError(
             "accelerate is set to FSDP1: give fsdp_version: 2 in its config, as configs/accelerate/fsdp.yaml does"
         )
-    # What only the main process does (a checkpoint, a probe) the others wait for, and all wait for a hanging worker.
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=3600 + cfg.data.timeout))
     accelerator = Accelerator(
         mixed_precision=cfg.run.precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(directory), logging_dir=str(directory)),
-        kwargs_handlers=[ddp, patience],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=patience(cfg))],
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()

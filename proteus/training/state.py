@@ -145,6 +145,8 @@ class Checkpoints:
         now = environment(self._accelerator)
         changed = [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         notes = [f"warning: {change} since the checkpoint; results may differ in the last bits" for change in changed]
+        if then.get("processes") != now["processes"]:
+            notes.append("warning: drop path, dropout and BatchNorm go by process: with them results differ by more")
         if told:
             notes.append(f"warning: the config has changed since the checkpoint ({'; '.join(told)})")
         return progress, notes

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ GRACE = 2.0
 
 
 class Stop:
-    """Whether the run has been asked to stop. `signum` is the signal that asked, 0 while none did."""
+    """Whether the run has been asked to stop. `signum` is the signal that asked, 0 while none did.
 
-    def __init__(self, accelerator: Accelerator):
+    patience: how long processes wait for one another.
+    """
+
+    def __init__(self, accelerator: Accelerator, patience: timedelta):
         self.signum, self._asked = 0, 0.0
         self._flag = torch.tensor(0)
         self._reduction: torch.distributed.Work | None = None
         several = accelerator.num_processes > 1
-        self._group: Any = torch.distributed.new_group(backend="gloo") if several else None
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=patience) if several else None
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def _ask(self, number: int, _frame: object) -> None:

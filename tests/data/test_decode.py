@@ -1,7 +1,9 @@
 """Decoding: JPEG pixels are Pillow's, whatever the file is like; what is broken raises; Pillow's copy comes late."""
 
 import io
+import os
 import pickle
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,6 +114,56 @@ def test_too_many_pixels_are_refused_before_they_take_memory(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 70 // 2 - 1)
     with pytest.raises(Image.DecompressionBombError):
         decode(io.BytesIO(data))
+
+
+def peak_of(act) -> int:
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ("JPEG", "PNG", "WEBP", "AVIF") if kind in module.FORMATS])
+@pytest.mark.parametrize("begin", [40, None], ids=["start", "image"])
+def test_a_file_too_long_to_be_an_image_is_refused_unread(tmp_path, monkeypatch, kind, begin):
+    picture().save(tmp_path / "long.jpg", kind)
+    data = (tmp_path / "long.jpg").read_bytes()[:begin]
+    monkeypatch.setattr(module, "MAX_BYTES", 2**24)
+    (tmp_path / "long.jpg").write_bytes(data)
+    os.truncate(tmp_path / "long.jpg", 2**24 + 1)
+
+    def refused() -> None:
+        with pytest.raises(OSError, match=r"long\.jpg has 16777217 bytes, more than the 16777216 "):
+            decode(tmp_path / "long.jpg")
+
+    assert peak_of(refused) < 2**20
+    with pytest.raises(OSError, match="16777217 bytes"):
+        decode(io.BytesIO(data.ljust(2**24 + 1, b"\0")))
+    if begin is None:
+        os.truncate(tmp_path / "long.jpg", 2**24)
+        assert decode(tmp_path / "long.jpg").size == (90, 70)
+
+
+def test_the_limit_of_a_file_is_beyond_every_image(tmp_path, monkeypatch):
+    assert module.MAX_BYTES == 8 * module.MAX_PIXELS
+    frames = [picture(60, 50 + i) for i in range(3)]
+    frames[0].save(tmp_path / "many.tif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(module, "MAX_BYTES", 60 * 50 * 8)
+    assert (tmp_path / "many.tif").stat().st_size > module.MAX_BYTES
+    assert np.array_equal(np.asarray(decode(tmp_path / "many.tif")), np.asarray(frames[0]))
+
+
+def test_a_jpeg_is_held_once(tmp_path):
+    data, path = jpeg(picture()), tmp_path / "x.jpg"
+    path.write_bytes(data)
+    os.truncate(path, 2**24)
+    assert 2**24 <= peak_of(lambda: decode(path)) < 1.2 * 2**24
+
+
+def test_of_a_file_that_has_become_shorter_nothing_is_made_up():
+    assert module._read(io.BytesIO(b"abc"), 5) == b"abc"
 
 
 def test_a_format_that_runs_a_program_is_no_image():

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from proteus.engine.checksums import CHECKSUMS, damage, write_checksums
+from proteus.engine.checksums import CHECKSUMS, damage, file_hash, is_as_written, write_checksums
 
 
 @pytest.fixture
@@ -51,8 +51,35 @@ def test_damaged_checksums_are_damage(folder):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         assert damage(folder) is not None or json.loads(flipped) == json.loads(content)
-    for other in (b"", b"[]", b"3", b'{"a.bin": 3}', content[:-3], b"\xff" * 10):
+    for other in (b"", b"[]", b"{}", b"3", b'{"a.bin": 3}', b"[" * 5000, content[:-3], b"\xff" * 10):
         path.write_bytes(other)
         assert damage(folder) is not None, other
     path.unlink()
     assert damage(folder) == f"{CHECKSUMS} is missing"
+
+
+@pytest.mark.parametrize("name", ["{}/other.bin", "../other.bin", "below/../../other.bin", "below/../a.bin"])
+def test_checksums_name_files_of_their_folder_alone(folder, name):
+    whole = folder / "whole"
+    (whole / "below").mkdir(parents=True)
+    for file in (folder / "other.bin", whole / "a.bin"):
+        file.write_bytes(b"read by nobody")
+    name = name.format(folder)
+    (whole / CHECKSUMS).write_text(json.dumps({"a.bin": file_hash(whole / "a.bin")}))
+    assert damage(whole) is None
+    (whole / CHECKSUMS).write_text(json.dumps({name: file_hash(whole / "a.bin")}))
+    assert damage(whole) is not None
+    assert not is_as_written(whole, name)
+
+
+def test_one_file_is_judged_without_the_others(folder):
+    (folder / "below/b.bin").unlink()
+    assert is_as_written(folder, "a.bin")
+    assert not is_as_written(folder, "below/b.bin")
+    (folder / "new.bin").write_bytes(b"not written with the others")
+    assert not is_as_written(folder, "new.bin")
+    (folder / "a.bin").write_bytes(b"other")
+    assert not is_as_written(folder, "a.bin")
+    for content in (b"[]", b"{", None):
+        (folder / CHECKSUMS).unlink() if content is None else (folder / CHECKSUMS).write_bytes(content)
+        assert not is_as_written(folder, "a.bin")

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
+from proteus.data.decode import MAX_BYTES
+
 
 class File(NamedTuple):
     """What is in a file.
@@ -19,6 +21,7 @@ class File(NamedTuple):
     pixels: [H, W, 3] uint8 that it stands for; None where it is broken, or may be read as anything or not at all.
     valid:  whether it must be read; None where either will do.
     within: how far from `pixels` it may be.
+    length: bytes of the whole file, where zeros follow `data`, which take no room on the disk.
     """
 
     suffix: str
@@ -26,6 +29,7 @@ class File(NamedTuple):
     pixels: np.ndarray | None = None
     valid: bool | None = True
     within: int = 0
+    length: int = 0
 
 
 Rng = np.random.Generator
@@ -245,9 +249,16 @@ def bomb(rng: Rng) -> File:
     return File("jpg", bytes(data), valid=False)
 
 
+def endless(rng: Rng) -> File:
+    """What begins like an image, and is too long to be one."""
+    image = smooth(rng)
+    kind, suffix = [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")][rng.integers(3)]
+    return File(suffix, encoded(image, kind)[:20], valid=False, length=MAX_BYTES + 1)
+
+
 KINDS: tuple[Callable[[Rng], File], ...] = (
     *(plain, jpeg, wrong_extension, cmyk, sixteen_bits, sixteen_bits_of_colour, palette, turned, animated, odd_size),
-    *(mode, absurd_metadata, floats, empty, no_image, truncated, half, flipped, flipped, bomb),
+    *(mode, absurd_metadata, floats, empty, no_image, truncated, half, flipped, flipped, bomb, endless),
 )
 NAMES = (
     "photo",
@@ -273,7 +284,9 @@ def write_files(root: Path, count: int, seed: int) -> dict[bytes, File]:
         rng = np.random.default_rng((seed, number))
         file = KINDS[number % len(KINDS)](rng)
         name = os.fsencode(NAMES[int(rng.integers(len(NAMES)))]) + f"_{number}.{file.suffix}".encode()
-        (Path(os.fsdecode(os.fsencode(root) + b"/" + name))).write_bytes(file.data)
+        path = os.fsencode(root) + b"/" + name
+        Path(os.fsdecode(path)).write_bytes(file.data)
+        os.truncate(path, max(len(file.data), file.length))
         files[name] = file
     return files
 

@@ -248,3 +248,31 @@ def test_a_checkpoint_damaged_anyhow_is_told_and_the_one_before_is_used(run_here
         assert resumed_from(said) == 10, (done, said)
         assert_same_end(tmp_path / "whole", tmp_path / "run", STEPS)
         assert_same_rows(tmp_path / "whole", tmp_path / "run", STEPS)
+
+
+def test_a_damaged_config_of_a_checkpoint_is_no_other_seed(run_here, tmp_path, capsys):
+    assert run_here("run.seed=12", directory="whole") == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step_12"
+    config = (newest / "config.yaml").read_bytes()
+    assert config.count(b"seed: 12") == 1
+    (newest / "config.yaml").write_bytes(config.replace(b"seed: 12", b"seed: 10"))  # one bit
+    capsys.readouterr()
+    assert run_here("run.seed=12") == 0
+    said = capsys.readouterr().err
+    assert f"{newest} is damaged (config.yaml is not as it was written); it is kept as damaged-step_12" in said
+    assert resumed_from(said) == 10
+    assert_same_end(tmp_path / "whole", tmp_path / "run", STEPS)
+    assert_same_rows(tmp_path / "whole", tmp_path / "run", STEPS)
+
+
+def test_a_seed_that_has_changed_is_told_before_anything_is_built(run_here, tmp_path, capsys):
+    """Though the rest of the checkpoint is damaged: its config is not, and nothing else of it is read yet."""
+    assert run_here("schedule.steps=5") == 0
+    model = tmp_path / "run/checkpoints/step_5/model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    capsys.readouterr()
+    assert run_here("run.seed=1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a run cannot go on from" in line
+    assert "with run.seed: 0 -> 1" in line

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save, save_file
 
 from benchmarks.models import open_model
 from proteus.config import Config
-from proteus.config_files import dump_config, flat_keys, load_config
+from proteus.config_files import dump_config, flat_keys, load_config, parse_yaml
 from proteus.data.huggingface import HuggingFaceSource
 from proteus.data.packed import INDEX, PackedSource
 from proteus.data.sets import open_set
@@ -379,20 +379,32 @@ def test_yaml_runs_nothing(run_here, tiny, tmp_path, marker, tag, where, capsys)
 
 
 def nested(line: str) -> str:
-    """Eleven keys, each of which is the one before nine times."""
+    """Eleven keys, each of which is the one before nine times, and the last of them once more."""
     return "a0: &a0 {x: 1}\n" + "".join(
-        f"a{i}: &a{i} {line.format(', '.join([f'*a{i - 1}'] * 9))}\n" for i in range(1, 12)
+        f"{'configs' if i == 11 else f'a{i}'}: &a{i} {line.format(', '.join([f'*a{i - 1}'] * 9))}\n"
+        for i in range(1, 12)
     )
 
 
+def of_long_keys() -> str:
+    """Mappings of one key, one in the other, around fifty of a thousand keys: each key of those is written 40 times."""
+    many = "l: &l {" + ", ".join(f"x{i}: 0" for i in range(1000)) + "}\n"
+    return f"k: &k {'k' * 1000}\n{many}configs: {'{*k : ' * 40}[{', '.join(['*l'] * 50)}]{'}' * 40}"
+
+
+# `configs` is the key that is looked at in the card of a data set.
 BOMBS = {
     "aliases": nested("[{}]"),
     "merged keys": nested("{{<<: [{}]}}"),
-    "itself": "a: &a [*a]",
-    "a key of itself": "a: &a {b: *a}",
-    "deep": "a: " + "[" * 2000 + "]" * 2000,
-    "a long number": "a: " + "9" * 5000,
-    "no number": "a: !!int x",
+    "a text": f"a: &a {'x' * 10_000}\nconfigs: [{', '.join(['*a'] * 2000)}]",
+    "keys": of_long_keys(),
+    "a chain": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{x: *a{i - 1}}}\n" for i in range(1, 400)),
+    "itself": "configs: &a [*a]",
+    "itself at the end": f"configs: &a [{'0, ' * 5000}*a]",
+    "a key of itself": "configs: &a {b: *a}",
+    "deep": "configs: " + "[" * 2000 + "]" * 2000,
+    "a long number": "configs: " + "9" * 5000,
+    "no number": "configs: !!int x",
 }
 
 
@@ -401,6 +413,34 @@ def test_yaml_without_end_is_one_line(tmp_path, text):
     path = tmp_path / "bomb.yaml"
     path.write_text(text)
     assert f"{path}: not readable as YAML: " in refused(load_config, str(path))
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_yaml_without_end_in_a_checkpoint_is_one_line(run_here, tmp_path, text, capsys):
+    folder = tmp_path / "step_5"
+    folder.mkdir()
+    (folder / "progress.json").write_text("{}")
+    (folder / "config.yaml").write_text(text)
+    write_checksums(folder)
+    assert run_here(f"--resume={folder}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder}/config.yaml: not readable as YAML: ")
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_yaml_without_end_in_the_card_of_a_data_set_is_one_line(tmp_path, text):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/1.png").write_bytes(png())
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+    said = refused(HuggingFaceSource, str(tmp_path), None, True, False)
+    assert said.startswith(f"{tmp_path}/README.md: not readable as YAML: ")
+
+
+def test_aliases_that_stand_for_little_are_read():
+    numbers = f"a: &a [{', '.join(['0'] * 1000)}]\nb: [{', '.join(['*a'] * 90)}]"
+    assert parse_yaml(numbers, Path("a.yaml"))["b"] == [[0] * 1000] * 90
+    texts = f"a: &a {'x' * 10_000}\nb: [{', '.join(['*a'] * 900)}]"
+    assert parse_yaml(texts, Path("a.yaml"))["b"] == ["x" * 10_000] * 900
 
 
 def test_files_that_stand_on_each_other_without_end_are_one_line(tmp_path):

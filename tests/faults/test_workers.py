@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from proteus.data.packed import PackedSource
-from proteus.data.sources import FolderSource
+from proteus.data.sources import DigitsSource, FolderSource, hold_out
 from proteus.training.state import list_checkpoints
 from tests.faults.runs import SLOW_STEP, assert_same_end
 from tests.training.conftest import LAUNCH
@@ -91,6 +91,27 @@ def test_a_hanging_worker_stops_the_run_which_then_goes_on(forked, run_here, tmp
     assert again.wait() == 0
     assert saved in again.output()
     assert_same_end(tmp_path / "whole", tmp_path / "run", 12)
+
+
+@pytest.mark.parametrize("part", ["bank", "held out"])
+def test_a_hanging_worker_of_the_probe_stops_the_run(forked, part):
+    digits = DigitsSource("train")
+    bank, held_out = hold_out(digits, 1024, seed=0)
+    hanging = int({"bank": bank, "held out": held_out}[part].indices[0])
+    settings = ("data.workers=2", "data.timeout=3", "probe.every_epochs=1")
+    run = forked("run", *settings, prelude=HANG.format(index=hanging, rank=0))
+    assert run.wait(60) == 1, run.output()
+    (line,) = [line for line in run.output().splitlines() if line.startswith("error:")]
+    assert f"no batch for 3 s from the workers at {digits.name(hanging)}: " in line
+    assert "Traceback" not in run.output()
+    assert run.steps() == 0
+
+
+def test_a_hanging_worker_stops_the_plan_of_a_run(forked):
+    hanging = int(np.random.default_rng((0, 0)).permutation(1347)[8 * 3])  # the first batch is read without workers
+    run = forked("run", "data.workers=2", "data.timeout=3", "--plan", prelude=HANG.format(index=hanging, rank=0))
+    assert run.wait(60) == 1, run.output()
+    assert f"error: data: no batch for 3 s from the workers at {DigitsSource('train').name(hanging)}: " in run.output()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 
 from proteus.config_files import dump_config, flat_keys, load_config
+from proteus.errors import InputError
 from proteus.training.changes import CONFIG, HARMLESS, REFUSED, changes
 from tests.training.conftest import ROOT
 
@@ -55,6 +56,10 @@ def test_a_key_that_was_not_there_yet_is_told(begun, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1", b"\xff\xfe", b"a list", b"- 1", b"a: &a\n  b: *a\n", b"[" * 5000])
-def test_without_a_readable_config_nothing_is_known(tiny, tmp_path, content):
+def test_a_config_that_cannot_be_read_is_one_line(tiny, tmp_path, content):
+    """Whether it is as it was written has been seen before: whoever wrote it, nothing can be compared with it."""
     (tmp_path / CONFIG).write_bytes(content)
-    assert changes(load_config(str(tiny), ["run.seed=1"]), tmp_path) == ([], [])
+    with pytest.raises(InputError) as error:
+        changes(load_config(str(tiny), ["run.seed=1"]), tmp_path)
+    (line,) = error.value.lines
+    assert line.startswith(f"{tmp_path / CONFIG}: ")

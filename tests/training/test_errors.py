@@ -109,7 +109,7 @@ def photos(tmp_path):
 
     def make(broken: int):
         folder = tmp_path / "photos"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for index in range(40):
             pixels = np.random.default_rng(index).integers(0, 255, (20, 24, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{index:02d}.png")
@@ -127,6 +127,10 @@ def test_unreadable_images_are_replaced_counted_and_named(photos, run_here, tmp_
     assert read_log(tmp_path / "run")[-1]["bad_images"] == 3
     facts = json.loads((tmp_path / "run/checkpoints/step_6/progress.json").read_text())
     assert facts["bad_images"] == [0, 1, 2]
+
+    branch = f"--resume={tmp_path}/run/checkpoints/step_6"
+    assert run_here(*photos(3), branch, "schedule.steps=7", directory="branch") == 0
+    assert (tmp_path / "branch/skipped_images.txt").read_text().split() == ["00.png", "01.png", "02.png"]
 
 
 def test_a_name_that_is_not_utf8_is_named_as_it_is(photos, run_here, tmp_path):
@@ -203,6 +207,40 @@ def test_storage_that_goes_away_leaves_a_checkpoint(photos, complaint, tmp_path,
     assert "images in a row cannot be read" in line
     (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
     assert saved.name == "step_5"
+
+
+def test_what_was_counted_until_the_storage_went_away_is_not_forgotten(
+    photos, complaint, run_here, tmp_path, monkeypatch
+):
+    from proteus.data.sources import FolderSource
+    from tests.faults.test_numbers import spoil
+
+    settings = (*photos(1), "schedule.steps=8", "run.log_every=1000", "run.save_every=1000")
+    load, loaded = FolderSource.load, []
+
+    def until_it_goes(self, index):
+        loaded.append(index)
+        if len(loaded) > 16 * 5 + 8:
+            raise OSError("stale file handle")
+        return load(self, index)
+
+    spoil(monkeypatch.setattr, "nan", (3,))
+    assert run_here(*settings, directory="whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "load", until_it_goes)
+        complaint(*settings)
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
+    facts = json.loads((saved / "progress.json").read_text())
+    assert (facts["step"], facts["skipped_steps"], facts["bad_images"][0]) == (5, [3], 0)
+    (row,) = read_log(tmp_path / "run")
+    assert (row["step"], row["skipped_steps"]) == (5, 1)
+    assert run_here(*settings) == 0
+    resumed, whole = (
+        json.loads((tmp_path / name / "checkpoints/step_8/progress.json").read_text()) for name in ("run", "whole")
+    )
+    assert resumed["skipped_steps"] == whole["skipped_steps"] == [3]
+    assert set(resumed["bad_images"]) >= set(whole["bad_images"]) == {0}
+    assert "00.png" in (tmp_path / "run/skipped_images.txt").read_text().split()
 
 
 def test_storage_that_goes_away_in_a_step_leaves_no_part_of_it(photos, complaint, run_here, tmp_path, monkeypatch):

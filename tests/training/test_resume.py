@@ -1,14 +1,20 @@
 """A run that goes on: from which checkpoint, and what may have changed. `tests/faults` kills runs in earnest."""
 
+import itertools
+import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from proteus.training.learner import Learner
+from proteus.training.probe import Probe
 from tests.faults.runs import assert_same_end
 from tests.training.conftest import LAUNCH, read_log
 from tests.training.together import run_tool
@@ -199,6 +205,37 @@ def test_an_average_begun_on_resume_begins_at_the_student(run_here, tmp_path):
     key = "blocks.0.mlp.fc1.weight"
     expected = (before[f"student.network.{key}"] + student[key]) / 2
     torch.testing.assert_close(average[key], expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("ending", ["a signal", "a kill before the probe"])
+def test_a_probe_that_an_ending_cut_off_is_made_on_resume(run_here, tmp_path, monkeypatch, ending):
+    settings = ("probe.every_epochs=1", "probe.split=test", "probe.images=20", "probe.bank=40")
+    settings += ("data.images_per_class=0.1", "schedule.steps=20", "run.save_every=8")  # 8 steps an epoch
+    assert run_here(*settings, directory="whole") == 0
+    asked = itertools.count(1)
+
+    def until(number, end, work):
+        return lambda *args: (end() if next(asked) == number else None, work(*args))[1]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if ending == "a signal":
+            patch.setattr(Learner, "update", until(8, lambda: os.kill(os.getpid(), signal.SIGTERM), Learner.update))
+        else:
+            patch.setattr(Probe, "measure", until(2, interrupt, Probe.measure))
+        assert run_here(*settings) == (143 if ending == "a signal" else 130)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_8"]
+    assert run_here(*settings) == 0
+    assert run_here(*settings) == 0  # it is done, and so is its last probe
+    logs = [map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("run", "whole")]
+    rows, others = ([row for row in log if "cosine_cls" in row] for log in logs)
+    assert rows == others
+    assert [row["step"] for row in rows] == [0, 8, 16, 20]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("probe/cosine_cls")] == [0, 8, 16, 20]
 
 
 def test_rows_after_the_checkpoint_are_not_logged_twice(run_here, tmp_path):
