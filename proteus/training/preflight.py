@@ -89,12 +89,12 @@ def _check_files(cfg: Config, resume: str) -> None:
 
 
 def _check_changes(cfg: Config, resume: str) -> None:
-    named = [Path(resume)] if resume not in ("auto", "never") else []
-    found = list_checkpoints(Path(str(cfg.run.dir)) / "checkpoints") if resume == "auto" else []
-    for checkpoint in (named or found)[-1:]:
-        # One that is damaged says nothing of the run; another checkpoint will be used then, and judged as it is loaded.
-        if is_as_written(checkpoint, CONFIG):
-            check_changes(cfg, checkpoint)
+    if resume == "never":
+        return
+    found = list_checkpoints(Path(str(cfg.run.dir)) / "checkpoints") if resume == "auto" else [Path(resume)]
+    # One that is damaged says nothing of the run; another checkpoint will be used then, and judged as it is loaded.
+    if found and is_as_written(found[-1], CONFIG):
+        check_changes(cfg, found[-1])
 
 
 def _students(cfg: Config) -> dict[str, Student]:

@@ -1,5 +1,6 @@
 """What bad input gets: the error table of the design, row by row, by the trainer's own main."""
 
+import itertools
 import json
 import os
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from proteus.data.sources import FolderSource
 from tests.training.conftest import read_log
 
 
@@ -190,20 +192,21 @@ def test_a_step_skipped_now_and_then_is_no_reason_to_stop():
     assert progress.skipped_steps == [step - 999]
 
 
-def test_storage_that_goes_away_leaves_a_checkpoint(photos, complaint, tmp_path, monkeypatch):
-    from proteus.data.sources import FolderSource
-
-    settings = photos(0)
-    load, loaded = FolderSource.load, []
+def storage_goes_after(count: int, patch: pytest.MonkeyPatch) -> None:
+    """Let no image be read after so many."""
+    load, loaded = FolderSource.load, itertools.count(1)
 
     def until_it_goes(self, index):
-        loaded.append(index)
-        if len(loaded) > 16 * 5:
+        if next(loaded) > count:
             raise OSError("stale file handle")
         return load(self, index)
 
-    monkeypatch.setattr(FolderSource, "load", until_it_goes)
-    (line,) = complaint(*settings, "run.save_every=1000")
+    patch.setattr(FolderSource, "load", until_it_goes)
+
+
+def test_storage_that_goes_away_leaves_a_checkpoint(photos, complaint, tmp_path, monkeypatch):
+    storage_goes_after(16 * 5, monkeypatch)
+    (line,) = complaint(*photos(0), "run.save_every=1000")
     assert "images in a row cannot be read" in line
     (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
     assert saved.name == "step_5"
@@ -212,22 +215,13 @@ def test_storage_that_goes_away_leaves_a_checkpoint(photos, complaint, tmp_path,
 def test_what_was_counted_until_the_storage_went_away_is_not_forgotten(
     photos, complaint, run_here, tmp_path, monkeypatch
 ):
-    from proteus.data.sources import FolderSource
     from tests.faults.test_numbers import spoil
 
     settings = (*photos(1), "schedule.steps=8", "run.log_every=1000", "run.save_every=1000")
-    load, loaded = FolderSource.load, []
-
-    def until_it_goes(self, index):
-        loaded.append(index)
-        if len(loaded) > 16 * 5 + 8:
-            raise OSError("stale file handle")
-        return load(self, index)
-
     spoil(monkeypatch.setattr, "nan", (3,))
     assert run_here(*settings, directory="whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(FolderSource, "load", until_it_goes)
+        storage_goes_after(16 * 5 + 8, patch)
         complaint(*settings)
     (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
     facts = json.loads((saved / "progress.json").read_text())
@@ -244,20 +238,10 @@ def test_what_was_counted_until_the_storage_went_away_is_not_forgotten(
 
 
 def test_storage_that_goes_away_in_a_step_leaves_no_part_of_it(photos, complaint, run_here, tmp_path, monkeypatch):
-    from proteus.data.sources import FolderSource
-
     settings = (*photos(0), "run.batch_size=8", "run.accumulate=2", "teacher.standardize=true", "data.workers=0")
     assert run_here(*settings, "schedule.steps=12", "run.save_every=5", "run.keep=9", directory="whole") == 0
-    load, loaded = FolderSource.load, []
-
-    def until_it_goes(self, index):
-        loaded.append(index)
-        if len(loaded) > 16 * 5 + 8:  # the first micro-batch of step 6 has been learnt
-            raise OSError("stale file handle")
-        return load(self, index)
-
     with monkeypatch.context() as patch:
-        patch.setattr(FolderSource, "load", until_it_goes)
+        storage_goes_after(16 * 5 + 8, patch)  # the first micro-batch of step 6 has been learnt
         assert run_here(*settings, "schedule.steps=12", "run.save_every=1000") == 2
     saved, whole = (load_file(tmp_path / name / "checkpoints/step_5/model.safetensors") for name in ("run", "whole"))
     assert any("standardizers" in key for key in saved)
